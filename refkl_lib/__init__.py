@@ -1,0 +1,52 @@
+"""Keep a frozen reference model, compute the KL to it, and read the bill.
+
+Every public name is imported from here; what stands behind it is only loaded when the name is first used, so
+that `import refkl_lib` is instant and works without the packages that a lesson does not need.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME_OF = {
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "sample_batch": "text",
+    "create_reference": "reference",
+    "Reference": "reference.base",
+    "create_reference_model": "reference.clone",
+    "CloneReference": "reference.clone",
+    "AdapterReference": "reference.adapter",
+    "add_lora": "reference.adapter",
+    "copy_adapter": "reference.adapter",
+    "ZeRO3Reference": "reference.zero3",
+    "SyncRefModelCallback": "reference.sync",
+    "verify_reference": "reference.verify",
+    "ReferenceReport": "reference.verify",
+    "exact_kl": "kl.exact",
+    "compute_kl_divergence": "kl.exact",
+    "estimate_kl": "kl.estimators",
+    "masked_mean": "kl.reduce",
+    "token_log_probs": "kl.log_probs",
+    "policy_loss": "step",
+    "MemoryLedger": "memory.ledger",
+    "machine": "memory.meters",
+    "read_meter": "memory.meters",
+    "launch_zero3": "ranks.launch",
+    "ZeRO3Run": "ranks.launch",
+    "run_strategy": "comparison",
+    "StrategyRun": "comparison",
+    "MemoryPanel": "view.memory",
+    "StrategyPanel": "view.strategy",
+}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"refkl_lib has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"refkl_lib.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

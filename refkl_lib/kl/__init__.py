@@ -1,0 +1,1 @@
+"""What is computed: the KL between two models, exactly or from samples."""

@@ -1,0 +1,32 @@
+"""How a reference is kept: one short file a strategy, one protocol (`base.Reference`)."""
+
+from typing import Any
+
+from torch import nn
+
+from refkl_lib.reference.base import Reference
+
+STRATEGIES = ("clone", "adapter", "zero3")
+
+
+def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Reference:
+    """Return a reference for `policy`, kept by `strategy`; the options are that strategy's own.
+
+    "clone" copies the policy (`CloneReference`), "adapter" switches its adapter off
+    (`AdapterReference`), "zero3" loads a checkpoint again, partitioned over the ranks
+    (`ZeRO3Reference`, which needs `source=`).
+    Raises ValueError for an unknown strategy, and what the strategy raises if it does not fit the policy.
+    """
+    if strategy == "clone":
+        from refkl_lib.reference.clone import CloneReference
+
+        return CloneReference(policy, **options)
+    if strategy == "adapter":
+        from refkl_lib.reference.adapter import AdapterReference
+
+        return AdapterReference(policy, **options)
+    if strategy == "zero3":
+        from refkl_lib.reference.zero3 import ZeRO3Reference
+
+        return ZeRO3Reference(**options)
+    raise ValueError(f"strategy is {strategy!r}, but must be one of {STRATEGIES}")

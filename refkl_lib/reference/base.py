@@ -62,8 +62,8 @@ class Reference(ABC):
         digest = hashlib.sha256()
         for name, weight in self.named_weights():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            flat = weight.detach().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(flat.cpu().numpy()))
+            flat = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(flat.numpy().data)
         return digest.hexdigest()
 
 
@@ -78,12 +78,3 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         # Not model.train(): some submodules may have been in evaluation mode on purpose.
         for module in were_training:
             module.training = True
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless alpha is in [0, 1]."""
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(
-            f"alpha is {alpha}, but it is the policy's share in the new reference: "
-            "0 (keep the reference) to 1 (copy the policy)"
-        )

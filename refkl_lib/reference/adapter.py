@@ -1,0 +1,265 @@
+"""Adapter switch: one model, two behaviours.
+
+With its adapter on, a PEFT model is the policy; with it off, it is the model that training started from.
+Nothing is copied, so the reference costs no weights: only the second forward pass.
+
+    policy = add_lora(model, rank=16)
+    reference = AdapterReference(policy)
+    reference.logits(**batch)            # (B, T, V), no gradient
+
+A policy that *starts* with a trained adapter needs that adapter in its reference as well: freeze a copy of
+it beside the one that trains (`copy_adapter`), and switch to the copy instead of switching off.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from refkl_lib.reference.base import Reference, evaluating
+from refkl_lib.reference.mix import check_alpha
+from refkl_lib.tensors import storage_bytes
+
+# Of PEFT 0.21's initialisations, those that leave the base weight as it is. The others (pissa, olora,
+# corda, loftq, lora_ga) move a part of it into the adapter.
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class AdapterReference(Reference):
+    """The policy with its adapter switched off or, with `adapter`, switched to that frozen adapter.
+
+    Raises TypeError if `policy` is not a PEFT model; ValueError if switching would not give back the
+    model that training started from (see `why_not_the_base`), or if there is no such adapter.
+    """
+
+    strategy = "adapter"
+
+    def __init__(self, policy: nn.Module, adapter: str | None = None) -> None:
+        if not isinstance(policy, PeftModel):
+            raise TypeError(
+                f"policy is a {type(policy).__name__}, which has no adapter to switch off: attach one "
+                'with add_lora(model), or keep a clone with create_reference(policy, "clone")'
+            )
+        if adapter is not None and adapter not in policy.peft_config:
+            raise ValueError(
+                f"the policy has no adapter {adapter!r}, only {sorted(policy.peft_config)}: "
+                f"freeze a copy of the active one with copy_adapter(policy, {adapter!r})"
+            )
+        self.policy = policy
+        self.adapter = adapter
+        if obstacles := why_not_the_base(policy, adapter):
+            raise ValueError("; ".join(obstacles))
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """Switch the adapter, give the policy, and switch back.
+
+        Raises ValueError if an adapter is merged: switching it off would un-merge it, which gives the
+        base weight back only to rounding, and the forward pass would not merge it again.
+        """
+        if merged := _merged(self.policy):
+            raise ValueError(merged)
+        with _flags_kept(self.policy), evaluating(self.policy), self._switched():
+            yield self.policy
+
+    @contextmanager
+    def _switched(self) -> Iterator[None]:
+        if self.adapter is None:
+            with self.policy.disable_adapter():
+                yield
+            return
+        active, layers_active = self.policy.active_adapter, self.policy.active_adapters
+        self.policy.set_adapter(self.adapter, inference_mode=True)
+        try:
+            yield
+        finally:
+            # The layers may have several adapters active at once; PeftModel itself only knows one.
+            self.policy.base_model.set_adapter(layers_active)
+            self.policy.active_adapter = active
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base model's weights, and those of the frozen adapter if there is one."""
+        policy = self.policy
+        others = _added_by_peft(policy) - {id(weight) for weight in self._frozen_adapter()}
+        for name, weight in (*policy.named_parameters(), *policy.named_buffers()):
+            if id(weight) not in others:
+                yield _original_name(name), weight
+
+    def owned_bytes(self) -> int:
+        """Return 0 for an adapter that is switched off, else the bytes of the frozen adapter."""
+        return storage_bytes(self._frozen_adapter())
+
+    def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
+        """Copy the policy's active adapter into the frozen one; only alpha = 1 is possible.
+
+        Raises ValueError for a reference that is the bare base model: it is part of the policy itself.
+        """
+        check_alpha(alpha)
+        if self.adapter is None:
+            raise ValueError(
+                "this reference is the policy's own base model, so it cannot move towards the policy: "
+                "keep the reference in a frozen adapter, create_reference(policy, 'adapter', "
+                "adapter='ref') after copy_adapter(policy, 'ref'), or keep a clone"
+            )
+        if alpha != 1.0:
+            raise ValueError(
+                f"alpha is {alpha}, but a frozen adapter can only be replaced (alpha=1): a LoRA update "
+                "is the product B·A, and mixing the factors does not mix the products"
+            )
+        weights = get_peft_model_state_dict(policy)
+        set_peft_model_state_dict(self.policy, weights, adapter_name=self.adapter)
+
+    def _frozen_adapter(self) -> list[Tensor]:
+        return [] if self.adapter is None else _weights_of(self.policy, self.adapter)
+
+
+def add_lora(
+    model: nn.Module, rank: int = 16, targets: str | list[str] = "all-linear", **options: Any
+) -> PeftModel:
+    """Return `model` with a new LoRA adapter, the only part of it that trains (arXiv 2106.09685).
+
+    The adapter starts as the identity (B = 0) and is scaled by alpha / rank with alpha = 2·rank unless
+    `options`, which go to `peft.LoraConfig`, say otherwise. The model is wrapped in place, not copied.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        target_modules=targets,
+        **{"lora_alpha": 2 * rank} | options,
+    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.24 for a property under its old name: nothing a reader can act on.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+def copy_adapter(policy: PeftModel, name: str = "ref") -> None:
+    """Add a frozen copy of the policy's active adapter under `name`; the active one stays active."""
+    weights = {key: w.clone() for key, w in get_peft_model_state_dict(policy).items()}
+    # Initialised plainly: a PiSSA initialisation, say, would move the base weight a second time.
+    config = replace(policy.active_peft_config, init_lora_weights=True)
+    with _flags_kept(policy):
+        policy.add_adapter(name, config)
+    set_peft_model_state_dict(policy, weights, adapter_name=name)
+    for weight in _weights_of(policy, name):
+        weight.requires_grad_(False)
+
+
+def why_not_the_base(policy: PeftModel, adapter: str | None = None) -> list[str]:
+    """Return a sentence for each reason why switching would not give back the starting model.
+
+    The reasons: a merged adapter, base weights that train (`bias`, unfrozen embeddings) and, when the
+    adapter is switched off, an initialisation that changed the base weight. Empty if there are none.
+    """
+    reasons = [
+        _merged(policy),
+        _base_trains(policy),
+        adapter and _frozen_adapter_trains(policy, adapter),
+    ]
+    if adapter is None:
+        reasons += [_base_was_changed(config) for config in policy.peft_config.values()]
+    return [reason for reason in reasons if reason]
+
+
+def _merged(policy: PeftModel) -> str | None:
+    merged = {n for m in policy.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+    if not merged:
+        return None
+    return (
+        f"adapter {sorted(merged)[0]!r} is merged into the base weight, so with the adapter off the "
+        "model is not the base: call policy.unmerge_adapter() first"
+    )
+
+
+def _base_trains(policy: PeftModel) -> str | None:
+    added = _added_by_peft(policy)
+    training = [
+        _original_name(name)
+        for name, weight in policy.named_parameters()
+        if weight.requires_grad and id(weight) not in added
+    ]
+    if not training:
+        return None
+    return (
+        f"{training[0]!r} trains ({len(training)} such parameters) but belongs to the base model, which "
+        'is the reference: the reference would move with it. Freeze it (bias="none"), train a copy of '
+        "it (modules_to_save=…), or keep a clone"
+    )
+
+
+def _frozen_adapter_trains(policy: PeftModel, adapter: str) -> str | None:
+    if not any(weight.requires_grad for weight in _weights_of(policy, adapter)):
+        return None
+    return (
+        f"adapter {adapter!r} trains, so it is not a frozen reference: "
+        f"call policy.set_requires_grad({adapter!r}, False)"
+    )
+
+
+def _base_was_changed(config: PeftConfig) -> str | None:
+    init = getattr(config, "init_lora_weights", True)
+    if getattr(config, "kasa_config", None) is not None:
+        init = "kasa"
+    if init in INITS_THAT_KEEP_THE_BASE and not getattr(config, "layer_replication", None):
+        return None
+    return (
+        f"this adapter was initialised with {init!r}, which moves part of the base weight into the "
+        "adapter: with the adapter off the model is not the one you started from. Use "
+        "init_lora_weights=True, freeze a copy of the adapter (copy_adapter), or keep a clone"
+    )
+
+
+def _added_by_peft(policy: PeftModel) -> set[int]:
+    """Return the ids of the parameters that PEFT put beside those of the layers it wrapped."""
+    added: set[int] = set()
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer):
+            added |= _ids(module) - _ids(module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            added |= _ids(module) - _ids(module.original_module)
+    return added
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
+
+
+def _weights_of(policy: PeftModel, adapter: str) -> list[Tensor]:
+    added = _added_by_peft(policy)
+    named = policy.named_parameters()
+    return [w for name, w in named if id(w) in added and adapter in name.split(".")]
+
+
+def _original_name(name: str) -> str:
+    """Return a parameter's name in the model before PEFT wrapped it."""
+    wrapping = ("base_layer", "original_module")
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in wrapping)
+
+
+@contextmanager
+def _flags_kept(policy: nn.Module) -> Iterator[None]:
+    """Put every `requires_grad` back afterwards.
+
+    PEFT 0.21 turns it off for a disabled adapter and on again for every parameter of the active one, also
+    for those that were frozen on purpose.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag

@@ -1,0 +1,146 @@
+"""Verify: ask whether this is a reference.
+
+A reference that is wrong does not crash. It gives a KL that looks plausible, to a model that nobody chose.
+So ask once before training, and once more at the end:
+
+    before = verify_reference(policy, reference, batch)
+    before.raise_for_findings()
+    ...                                                    # train
+    verify_reference(policy, reference, batch, since=before).raise_for_findings()
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refkl_lib.kl.exact import exact_kl
+from refkl_lib.kl.log_probs import token_log_probs
+from refkl_lib.reference.base import Reference, evaluating
+
+# How far two runs of the same model may lie apart in log-prob: rounding, by the policy's dtype.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """What was found. Distances are None where the two vocabularies differ.
+
+    `max_log_prob_difference` is the largest |Δ log-prob| of a next token of the batch, `kl` is
+    KL(policy‖reference) in nats per token, `findings` has a sentence for each thing that is wrong.
+    """
+
+    strategy: str
+    max_log_prob_difference: float | None
+    kl: float | None
+    fingerprint: str
+    findings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing was found."""
+        return not self.findings
+
+    def raise_for_findings(self) -> None:
+        """Raise ValueError with all findings, if there are any."""
+        if self.findings:
+            raise ValueError("this is not a frozen reference: " + "; ".join(self.findings))
+
+    def __str__(self) -> str:
+        """Return a few lines for people: verdict, distances, findings."""
+        verdict = "a reference" if self.ok else "NOT a reference"
+        lines = [f"{self.strategy}: {verdict}"]
+        if self.kl is not None:
+            lines.append(f"  KL(policy‖reference)      {self.kl:.3g} nats per token")
+            lines.append(f"  largest |Δ log-prob|      {self.max_log_prob_difference:.3g} nats")
+        lines.append(f"  fingerprint               {self.fingerprint[:16]}…")
+        return "\n".join(lines + [f"  - {finding}" for finding in self.findings])
+
+
+def verify_reference(
+    policy: nn.Module,
+    reference: Reference,
+    batch: dict[str, Any],
+    since: ReferenceReport | None = None,
+) -> ReferenceReport:
+    """Return a report on `reference`; `batch` holds input_ids and attention_mask (B, T).
+
+    Checked: it gives the policy's log-probs (parity; before training, so not with `since`), its weights
+    are the same as in the report `since`, none of them trains or shares storage with one that does, two
+    passes agree (no dropout), a pass carries no gradient and leaves the policy as it was.
+    Under ZeRO-3 every rank must call this.
+    """
+    difference, kl, findings = _distance(policy, reference, batch)
+    if since is None and difference is not None:
+        findings += _parity(policy, difference)
+    fingerprint = reference.fingerprint()
+    if since is not None and fingerprint != since.fingerprint:
+        findings.append("its weights have changed since the earlier report")
+    findings += _trains(reference)
+    findings += _shares_what_trains(policy, reference)
+    findings += _passes(policy, reference, batch)
+    return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings))
+
+
+@torch.no_grad()
+def _distance(
+    policy: nn.Module, reference: Reference, batch: dict[str, Any]
+) -> tuple[float | None, float | None, list[str]]:
+    with evaluating(policy):
+        ours = policy(**{"use_cache": False} | batch).logits
+    theirs = reference.logits(**batch)
+    if ours.shape != theirs.shape:
+        sizes = f"{ours.shape[-1]} tokens in the policy and {theirs.shape[-1]} in the reference"
+        return None, None, [f"the vocabularies differ: {sizes}"]
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"]
+    gap = token_log_probs(ours[:, :-1], targets) - token_log_probs(theirs[:, :-1], targets)
+    difference = gap.abs()[mask[:, 1:].bool()].max().item()
+    return difference, exact_kl(ours, theirs, mask).item(), []
+
+
+def _parity(policy: nn.Module, difference: float) -> Iterator[str]:
+    dtype = next(policy.parameters()).dtype
+    if difference > ROUNDING[dtype]:
+        yield (
+            f"it is not the model that training starts from: largest |Δ log-prob| {difference:.3g}, where "
+            f"rounding in {dtype} explains {ROUNDING[dtype]:.0e}. (Training already? Pass since=)"
+        )
+
+
+def _trains(reference: Reference) -> Iterator[str]:
+    # An adapter that is switched off does not require grad inside the block; a base weight that was
+    # unfrozen does.
+    with reference.as_reference() as model:
+        training = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if training:
+        yield f"{training[0]!r} requires grad ({len(training)} of its parameters do)"
+
+
+def _shares_what_trains(policy: nn.Module, reference: Reference) -> Iterator[str]:
+    training = {_storage(w) for w in policy.parameters() if w.requires_grad and w.numel()}
+    shared = [name for name, weight in reference.named_weights() if _storage(weight) in training]
+    if shared:
+        yield f"{shared[0]!r} shares storage with a policy weight that trains ({len(shared)} in all)"
+
+
+def _passes(policy: nn.Module, reference: Reference, batch: dict[str, Any]) -> Iterator[str]:
+    before = _state(policy)
+    with torch.enable_grad():
+        first, second = reference.logits(**batch), reference.logits(**batch)
+    if first.requires_grad:
+        yield "its logits carry a gradient"
+    if not torch.equal(first, second):
+        yield "two passes over the same batch differ: is dropout on?"
+    if _state(policy) != before:
+        yield "a pass changes the policy's training modes or requires_grad flags"
+
+
+def _state(policy: nn.Module) -> tuple[list[bool], list[bool]]:
+    modes = [module.training for module in policy.modules()]
+    return modes, [weight.requires_grad for weight in policy.parameters()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,126 @@
+"""verify_reference: silent for a reference, and a sentence for each way not to be one."""
+
+import pytest
+import torch
+
+from refkl_lib import (
+    CloneReference,
+    add_lora,
+    create_reference,
+    load_model,
+    policy_loss,
+    sample_batch,
+    verify_reference,
+)
+
+
+@pytest.fixture
+def batch():
+    return sample_batch("pocket", batch=2, seq=32)
+
+
+@pytest.fixture
+def policy():
+    return load_model("pocket")
+
+
+def one_step(policy, reference, batch):
+    optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=1e-2)
+    policy_loss(policy, reference, batch, beta=0.1)[0].backward()
+    optimizer.step()
+
+
+def only_finding(policy, reference, batch, **options):
+    report = verify_reference(policy, reference, batch, **options)
+    assert not report.ok
+    assert len(report.findings) == 1, report.findings
+    with pytest.raises(ValueError, match="not a frozen reference"):
+        report.raise_for_findings()
+    assert report.findings[0] in str(report)
+    return report.findings[0]
+
+
+@pytest.mark.parametrize("strategy", ["clone", "adapter"])
+def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
+    if strategy == "adapter":
+        policy = add_lora(policy, rank=4)
+    reference = create_reference(policy, strategy)
+    before = verify_reference(policy, reference, batch)
+    before.raise_for_findings()
+    assert (before.kl, before.max_log_prob_difference) == (0.0, 0.0)
+    one_step(policy, reference, batch)
+    after = verify_reference(policy, reference, batch, since=before)
+    after.raise_for_findings()
+    assert after.kl > 0
+    assert after.fingerprint == before.fingerprint
+    assert f"{strategy}: a reference" in str(after)
+
+
+def test_a_model_that_training_did_not_start_from(policy, batch):
+    reference = create_reference(policy, "clone")
+    one_step(policy, reference, batch)
+    assert "not the model that training starts from" in only_finding(policy, reference, batch)
+
+
+def test_a_reference_that_has_changed(policy, batch):
+    reference = create_reference(policy, "clone")
+    before = verify_reference(policy, reference, batch)
+    reference.model.lm_head.weight[0, 0] += 1e-6
+    assert "changed since" in only_finding(policy, reference, batch, since=before)
+
+
+def test_a_reference_that_trains(policy, batch):
+    reference = create_reference(policy, "clone")
+    reference.model.model.norm.weight.requires_grad_(True)
+    assert "'model.norm.weight' requires grad" in only_finding(policy, reference, batch)
+
+
+def test_a_reference_that_shares_storage_with_a_weight_that_trains(policy, batch):
+    reference = create_reference(policy, "clone")
+    reference.model.model.norm.weight.data = policy.model.norm.weight.data
+    assert "'model.norm.weight' shares storage" in only_finding(policy, reference, batch)
+
+
+def test_embeddings_unfrozen_after_the_adapter_reference_was_made(policy, batch):
+    policy = add_lora(policy, rank=4)
+    reference = create_reference(policy, "adapter")
+    policy.get_input_embeddings().weight.requires_grad_(True)
+    findings = verify_reference(policy, reference, batch).findings
+    assert len(findings) == 2
+    assert "requires grad" in findings[0]
+    assert "shares storage" in findings[1]
+
+
+def test_dropout_left_on(policy, batch):
+    class Careless(CloneReference):
+        def logits(self, **inputs):
+            return torch.nn.functional.dropout(super().logits(**inputs), 0.1)
+
+    findings = verify_reference(policy, Careless(policy), batch).findings
+    assert any("dropout" in finding for finding in findings)
+
+
+def test_a_pass_that_carries_a_gradient_and_disturbs_the_policy(policy, batch):
+    class Careless(CloneReference):
+        def logits(self, **inputs):
+            self.policy.train(not self.policy.training)
+            return self.model(**inputs, use_cache=False).logits.requires_grad_()
+
+    findings = verify_reference(policy, Careless(policy), batch).findings
+    assert "its logits carry a gradient" in findings
+    # Called three times, an odd number: the policy's mode is not what it was.
+    assert not any("dropout" in finding for finding in findings)
+
+
+def test_reloading_by_path_loses_resized_embeddings(policy, batch):
+    policy.resize_token_embeddings(300, mean_resizing=False)
+    reloaded = CloneReference(load_model("pocket"))
+    report = verify_reference(policy, reloaded, batch)
+    assert report.kl is None
+    assert "vocabularies differ: 300 tokens in the policy" in report.findings[0]
+
+
+def test_reloading_by_path_loses_a_change_in_memory(policy, batch):
+    policy.model.norm.weight.data *= 1.5
+    reloaded = CloneReference(load_model("pocket"))
+    assert "not the model that training starts from" in only_finding(policy, reloaded, batch)
