@@ -1,16 +1,24 @@
 """The training step that the whole kit measures: next-token loss plus a KL penalty."""
 
-from typing import Any
+import time
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refkl_lib.kl.exact import exact_kl
-from refkl_lib.reference.base import Reference
+
+
+class GivesLogits(Protocol):
+    """What a step needs of a reference."""
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """Return logits (B, T, V) without a gradient."""
 
 
 def policy_loss(
-    policy: nn.Module, reference: Reference, batch: dict[str, Any], beta: float
+    policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float
 ) -> tuple[Tensor, Tensor]:
     """Return (loss, kl) as scalars: loss = cross-entropy of the next token + beta·KL(policy‖reference).
 
@@ -23,3 +31,20 @@ def policy_loss(
     targets = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
     cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
     return cross_entropy + beta * kl, kl
+
+
+class TimedReference:
+    """A reference that notes how many seconds each of its passes took."""
+
+    def __init__(self, reference: GivesLogits) -> None:
+        self.reference = reference
+        self.seconds: list[float] = []
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """Return the reference's logits, and note the time until they are there."""
+        started = time.perf_counter()
+        logits = self.reference.logits(**inputs)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - started)
+        return logits

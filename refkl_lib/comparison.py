@@ -1,0 +1,147 @@
+"""Run the same training steps with one strategy or another, and keep what they cost.
+
+run = run_strategy("clone", lora_rank=8)
+run.kl        # nats per token at each step: the same for every strategy
+run.owners    # bytes by owner at the peak: not the same
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from refkl_lib.memory.ledger import MemoryLedger
+from refkl_lib.models import load_model
+from refkl_lib.ranks.launch import ZeRO3Run, launch_zero3
+from refkl_lib.reference import STRATEGIES, Reference, create_reference
+from refkl_lib.reference.adapter import add_lora
+from refkl_lib.step import TimedReference, policy_loss
+from refkl_lib.text import sample_batch
+
+
+@dataclass(frozen=True)
+class StrategyRun:
+    """A few training steps with a reference kept in one way.
+
+    `kl` is KL(policy‖reference) in nats per token, before each step. `owners` are bytes at the peak of a
+    step, `reference_bytes` what the reference holds beyond the policy; with several ranks both are those of
+    the fullest. `step_seconds` and `reference_seconds` (the reference's part of a step) are medians.
+    `lora_rank` is None for full fine-tuning.
+    """
+
+    strategy: str
+    lora_rank: int | None
+    batch: int
+    seq: int
+    ranks: int
+    kl: tuple[float, ...]
+    owners: dict[str, int]
+    reference_bytes: int
+    step_seconds: float
+    reference_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes that lived at the peak."""
+        return sum(self.owners.values())
+
+    @property
+    def name(self) -> str:
+        """Return a short label: strategy, what trains, and the number of ranks."""
+        trains = "all weights" if self.lora_rank is None else f"LoRA {self.lora_rank}"
+        where = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.strategy}, {trains}{where}"
+
+
+def run_strategy(
+    strategy: str,
+    *,
+    model: str = "smollm2",
+    lora_rank: int | None = 8,
+    batch: int = 1,
+    seq: int = 64,
+    steps: int = 3,
+    ranks: int = 2,
+    beta: float = 0.1,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> StrategyRun:
+    """Train `model` for `steps` steps on real text with a KL penalty, its reference kept by `strategy`.
+
+    The same arguments give the same policy under every strategy, so the KL must agree; that is the point.
+    `lora_rank=None` trains all weights, which leaves "adapter" nothing to switch off. The learning rate is
+    1e-3 for an adapter and 1e-5 for all weights unless given. "zero3" starts `ranks`
+    processes (`launch_zero3`), each on the same batch; `ranks` and `on_event` are theirs alone.
+    Raises ValueError for an unknown strategy or a count below 1, and what the strategy raises.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy is {strategy!r}, but must be one of {STRATEGIES}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, but there is nothing to measure without at least one")
+    if learning_rate is None:
+        learning_rate = 1e-3 if lora_rank else 1e-5
+    settings: dict[str, Any] = {"lora_rank": lora_rank, "batch": batch, "seq": seq}
+    training: dict[str, Any] = {"steps": steps, "beta": beta, "learning_rate": learning_rate, "seed": seed}
+    if strategy == "zero3":
+        run = launch_zero3(ranks, model, on_event=on_event, **settings, **training)
+        return from_ranks(run)
+    return _run_here(strategy, model, settings, training)
+
+
+def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dict[str, Any]) -> StrategyRun:
+    policy, reference = _policy_and_reference(strategy, model, settings["lora_rank"], training["seed"])
+    text = sample_batch(model, settings["batch"], settings["seq"])
+    inputs = {name: tensor.to(next(policy.parameters()).device) for name, tensor in text.items()}
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training["learning_rate"], weight_decay=0.0)
+    timed = TimedReference(reference)
+    kl, seconds = [], []
+    with MemoryLedger() as ledger:
+        ledger.own("policy", policy)
+        ledger.own("reference", (weight for _, weight in reference.named_weights()))
+        ledger.own("optimizer", optimizer)
+        for _ in range(training["steps"]):
+            started = time.perf_counter()
+            kl.append(_step(policy, timed, inputs, optimizer, training["beta"]))
+            seconds.append(time.perf_counter() - started)
+    return StrategyRun(
+        strategy,
+        **settings,
+        ranks=1,
+        kl=tuple(kl),
+        owners=ledger.peak(),
+        reference_bytes=reference.owned_bytes(),
+        step_seconds=median(seconds),
+        reference_seconds=median(timed.seconds),
+    )
+
+
+def _policy_and_reference(
+    strategy: str, model: str, lora_rank: int | None, seed: int
+) -> tuple[nn.Module, Reference]:
+    policy = load_model(model)
+    # A clone is made of the bare model: there is no need to copy an adapter that does nothing yet.
+    reference = create_reference(policy, "clone") if strategy == "clone" else None
+    if lora_rank is not None:
+        torch.manual_seed(seed)
+        policy = add_lora(policy, lora_rank)
+    return policy, reference or create_reference(policy, strategy)
+
+
+def _step(
+    policy: nn.Module,
+    reference: TimedReference,
+    inputs: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    beta: float,
+) -> float:
+    loss, kl = policy_loss(policy, reference, inputs, beta)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return kl.item()

@@ -1,0 +1,102 @@
+"""MemoryPanel: the bytes that live, by owner, while a cell runs.
+
+with MemoryPanel() as panel:
+    policy = panel.own("policy", load_model("smollm2"))
+    reference = create_reference(policy, "clone")
+    panel.own("reference", reference.model)
+"""
+
+import threading
+from collections.abc import Mapping
+from html import escape
+from typing import Self
+
+import ipywidgets as widgets
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from refkl_lib.memory.ledger import MemoryLedger, Thing
+from refkl_lib.memory.meters import Meter, read_meter
+from refkl_lib.units import show_bytes
+from refkl_lib.view.figures import OTHER, timeline_figure
+from refkl_lib.view.panel import OWNER_STYLES, Panel, Picture
+
+
+class MemoryPanel(Panel):
+    """A readout that is live inside its `with` block and leaves a picture behind.
+
+    It holds a `MemoryLedger` (`panel.ledger`), which it enters and leaves with the block. The readout is
+    written `rate` times a second by a thread of its own, which ends with the block, whatever ends that.
+    """
+
+    alt = "Bytes that lived while the cell ran, by owner, over time; the peak is marked and broken down."
+
+    def __init__(self, rate: float = 3.0) -> None:
+        self.ledger = MemoryLedger()
+        self.widget = widgets.HTML(layout=widgets.Layout(height="190px", width="100%"))
+        self._pause = 1 / rate
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+
+    def own(self, name: str, thing: Thing) -> Thing:
+        """Put what `thing` holds under `name`, as `MemoryLedger.own` does, and return it."""
+        return self.ledger.own(name, thing)
+
+    def figure(self) -> Figure:
+        """Return the timeline by owner up to now, with the peak broken down."""
+        return timeline_figure(self.ledger.timeline, self.ledger.peak())
+
+    def __enter__(self) -> Self:
+        # Displayed empty and filled afterwards: the stored output then holds no number that varies.
+        display(_Live(self.widget))
+        self.ledger.__enter__()
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._sampler.join()
+        self.ledger.__exit__(*exception)
+        self.widget.close()
+        display(Picture(self.figure(), self.alt))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._pause):
+            self.widget.value = readout_html(self.ledger.now(), self.ledger.peak(), read_meter(pss=False))
+
+
+class _Live:
+    """The widget as an output whose text stays true after the widget has gone."""
+
+    def __init__(self, widget: widgets.HTML) -> None:
+        self._widget = widget
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
+        text = "(a live readout, while the cell runs)"
+        return self._widget._repr_mimebundle_() | {"text/plain": text, "text/html": f"<em>{text}</em>"}
+
+
+def readout_html(now: Mapping[str, int], peak: Mapping[str, int], meter: Meter) -> str:
+    """Return the readout as an HTML table: a bar, the bytes now and the bytes at the peak for each owner."""
+    scale = max(sum(peak.values()), 1)
+    rows = "".join(_row(owner, now[owner], peak.get(owner, 0), scale) for owner in now)
+    total = _cells("all", show_bytes(sum(now.values())), show_bytes(sum(peak.values())))
+    return (
+        '<table style="width:100%;max-width:820px;border-collapse:collapse;line-height:1.5">'
+        '<tr><th style="text-align:left;width:110px">owner</th><th style="text-align:left">lives now</th>'
+        '<th style="text-align:right;width:90px">now</th>'
+        '<th style="text-align:right;width:90px">at peak</th></tr>'
+        f"{rows}<tr style='border-top:1px solid'>{total}</tr></table>"
+        f"<div>The system says: {escape(str(meter))}</div>"
+    )
+
+
+def _row(owner: str, now: int, peak: int, scale: int) -> str:
+    color = OWNER_STYLES.get(owner, OTHER)[0]
+    bar = f'<div style="height:12px;width:{100 * now / scale:.1f}%;background:{color}"></div>'
+    return f"<tr>{_cells(escape(owner), show_bytes(now), show_bytes(peak), bar)}</tr>"
+
+
+def _cells(owner: str, now: str, peak: str, bar: str = "") -> str:
+    right = 'style="text-align:right"'
+    return f"<td>{owner}</td><td>{bar}</td><td {right}>{now}</td><td {right}>{peak}</td>"

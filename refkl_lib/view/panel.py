@@ -1,0 +1,98 @@
+"""The pattern of every panel: a figure made by a pure function, and thin controls around it.
+
+Where a kernel is running, a panel is a live widget. Everywhere else (GitHub, nbviewer, an exported page, a
+notebook that was just opened) it is a picture with a text: its static face.
+"""
+
+import base64
+from collections.abc import Callable
+from functools import partial
+from html import escape
+from io import BytesIO
+from typing import Any
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito, told apart by colour-blind eyes; the hatches tell them apart in print.
+OWNER_STYLES = {
+    "policy": ("#0072B2", ""),
+    "reference": ("#E69F00", "//"),
+    "gradients": ("#009E73", ".."),
+    "optimizer": ("#CC79A7", "xx"),
+    "activations": ("#BBBBBB", ""),
+}
+
+MimeBundle = tuple[dict[str, Any], dict[str, Any]]
+
+
+class Panel:
+    """A live widget with a static face.
+
+    A panel gives `widget`, the controls; `figure()`, the picture of its present state; and `alt`, one
+    constant sentence that says what there is to see.
+    """
+
+    alt: str
+    widget: widgets.DOMWidget
+
+    def figure(self) -> Figure:
+        """Return the picture of what the panel shows now."""
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **_: Any) -> MimeBundle:
+        live = self.widget._repr_mimebundle_()
+        data, metadata = static_face(self.figure(), self.alt)
+        return live | data, metadata
+
+
+def static_face(figure: Figure, alt: str) -> MimeBundle:
+    """Return a figure as notebook output: a PNG with `alt` as its text."""
+    picture = base64.b64encode(png(figure)).decode()
+    # The text never changes with the numbers, so that an output can be compared with a stored one.
+    return {"image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
+class Picture:
+    """A figure as notebook output, with a text for those who do not see it."""
+
+    def __init__(self, figure: Figure, alt: str) -> None:
+        self.figure = figure
+        self.alt = alt
+
+    def _repr_mimebundle_(self, **_: Any) -> MimeBundle:
+        return static_face(self.figure, self.alt)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG on white, which both the light and the dark theme can show."""
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110, facecolor="white", bbox_inches="tight")
+    return file.getvalue()
+
+
+def image_html(figure: Figure, alt: str) -> str:
+    """Return a figure as an HTML image; unlike `widgets.Image` it has a text for screen readers."""
+    picture = base64.b64encode(png(figure)).decode()
+    return f'<img src="data:image/png;base64,{picture}" alt="{escape(alt)}" style="max-width:100%">'
+
+
+def message(text: str, kind: str = "status") -> str:
+    """Return a line for a panel's status as HTML; `kind` is its ARIA role, "status" or "alert"."""
+    style = "border-left:3px solid #D55E00;padding-left:8px" if kind == "alert" else ""
+    return f'<div role="{kind}" style="line-height:1.4;{style}">{escape(text)}</div>'
+
+
+def button(label: str, action: Callable[[], object], tooltip: str) -> widgets.Button:
+    """Return a button that does one thing, and is disabled while it does it."""
+    made = widgets.Button(description=label, tooltip=tooltip, button_style="primary")
+    made.on_click(partial(_press, action))
+    return made
+
+
+def _press(action: Callable[[], object], pressed: widgets.Button) -> None:
+    pressed.disabled = True
+    try:
+        action()
+    finally:
+        pressed.disabled = False

@@ -1,0 +1,109 @@
+"""StrategyPanel: choose how the reference is kept, run it on the real model, and compare the bills."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+from matplotlib.figure import Figure
+
+from refkl_lib.comparison import StrategyRun, run_strategy
+from refkl_lib.reference import STRATEGIES
+from refkl_lib.units import show_bytes
+from refkl_lib.view.figures import runs_figure
+from refkl_lib.view.panel import Panel, button, image_html, message
+
+RANKS = [("4", 4), ("8", 8), ("16", 16), ("32", 32), ("none: train all weights", None)]
+HEADER = ("run", "batch × seq", "reference holds", "peak", "KL at each step", "step", "reference's pass")
+
+
+class StrategyPanel(Panel):
+    """Controls for `run_strategy` on `model`; each press of the button adds a row and a bar.
+
+    `runs` are shown from the start. `panel.run()` does what the button does, and `panel.runs` keeps the
+    results.
+    """
+
+    alt = "Bytes at the peak of a training step, by owner, one bar for each run; KL and seconds beside it."
+
+    def __init__(self, model: str = "smollm2", runs: Sequence[StrategyRun] = ()) -> None:
+        self.model = model
+        self.runs = list(runs)
+        self.strategy = widgets.ToggleButtons(
+            options=STRATEGIES, description="strategy", style={"button_width": "84px"}
+        )
+        self.lora_rank = widgets.Dropdown(options=RANKS, value=8, description="LoRA rank")
+        self.batch = widgets.Dropdown(options=[1, 2, 4], value=1, description="batch")
+        self.seq = widgets.Dropdown(options=[32, 64, 128, 256], value=64, description="sequence")
+        self.status = widgets.HTML()
+        self.table = widgets.HTML()
+        self.picture = widgets.HTML()
+        self.button = button("Run", self.run, "Train three steps on the real model and add a row and a bar")
+        self._show("Choose, then press Run. zero3 starts two real processes and takes the longest.")
+        self._refresh()
+        self.widget = self._layout()
+
+    def run(self) -> StrategyRun:
+        """Run what is chosen, add it to the picture and return it; an error is shown and raised."""
+        chosen: dict[str, Any] = {
+            "lora_rank": self.lora_rank.value,
+            "batch": self.batch.value,
+            "seq": self.seq.value,
+        }
+        self._show(f"Running {self.strategy.value} …")
+        try:
+            run = run_strategy(self.strategy.value, model=self.model, on_event=self._tell, **chosen)
+        except BaseException as error:
+            self._show(f"{type(error).__name__}: {error}", "alert")
+            raise
+        self.runs.append(run)
+        self._refresh()
+        self._show(f"Done: {run.name}.")
+        return run
+
+    def figure(self) -> Figure:
+        """Return the bars of all runs."""
+        return runs_figure(self.runs)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self._show(f"rank {event['rank']}: {event['event']}")
+
+    def _show(self, text: str, kind: str = "status") -> None:
+        self.status.value = message(text, kind)
+
+    def _refresh(self) -> None:
+        self.table.value = runs_html(self.runs)
+        self.picture.value = image_html(self.figure(), self.alt)
+
+    def _layout(self) -> widgets.VBox:
+        choices = widgets.HBox(
+            [self.lora_rank, self.batch, self.seq], layout=widgets.Layout(flex_flow="row wrap")
+        )
+        return widgets.VBox(
+            [self.strategy, choices, widgets.HBox([self.button, self.status]), self.picture, self.table],
+            layout=widgets.Layout(max_width="960px"),
+        )
+
+
+def runs_html(runs: Sequence[StrategyRun]) -> str:
+    """Return the runs as an HTML table."""
+    head = "".join(f'<th scope="col" style="text-align:left;padding:2px 10px 2px 0">{h}</th>' for h in HEADER)
+    return f'<table style="border-collapse:collapse;line-height:1.6"><tr>{head}</tr>{_rows(runs)}</table>'
+
+
+def _rows(runs: Sequence[StrategyRun]) -> str:
+    cell = '<td style="padding:2px 10px 2px 0;border-top:1px solid #8884">{}</td>'
+    lines = ("".join(cell.format(escape(text)) for text in _row(run)) for run in runs)
+    return "".join(f"<tr>{line}</tr>" for line in lines)
+
+
+def _row(run: StrategyRun) -> tuple[str, ...]:
+    return (
+        run.name,
+        f"{run.batch} × {run.seq}",
+        show_bytes(run.reference_bytes),
+        show_bytes(run.peak),
+        ", ".join(f"{kl:.4f}" for kl in run.kl),
+        f"{run.step_seconds:.2f} s",
+        f"{run.reference_seconds:.2f} s",
+    )

@@ -1,0 +1,196 @@
+"""Panels: their callbacks, their static faces, and what they leave behind."""
+
+import base64
+import threading
+
+import pytest
+import torch
+
+from refkl_lib import MemoryPanel, StrategyPanel, load_model
+from refkl_lib.comparison import StrategyRun, run_strategy
+from refkl_lib.view.figures import runs_figure, timeline_figure
+from refkl_lib.view.mechanisms import three_ways
+from refkl_lib.view.memory import readout_html
+from refkl_lib.view.panel import png
+from refkl_lib.view.strategy import runs_html
+
+MIB = 2**20
+PNG = b"\x89PNG\r\n"
+CLONE = StrategyRun(
+    strategy="clone",
+    lora_rank=8,
+    batch=1,
+    seq=64,
+    ranks=1,
+    kl=(0.0, 0.05),
+    owners={"policy": 500 * MIB, "reference": 513 * MIB, "gradients": 0, "optimizer": 0, "activations": MIB},
+    reference_bytes=513 * MIB,
+    step_seconds=1.25,
+    reference_seconds=0.25,
+)
+
+
+def face(thing):
+    data, metadata = thing._repr_mimebundle_()
+    assert base64.b64decode(data["image/png"]).startswith(PNG)
+    assert metadata["image/png"]["alt"] == data["text/plain"]
+    return data
+
+
+# Figures
+
+
+def test_bars_are_the_bytes_of_the_owners_end_to_end():
+    axes = runs_figure([CLONE]).axes[0]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == [500, 513, 0, 0, 1]
+    assert [bar.get_x() for bar in axes.patches] == [0, 500, 1013, 1013, 1013]
+    assert axes.get_yticklabels()[0].get_text() == "clone, LoRA 8"
+    assert "KL 0.0500" in axes.texts[0].get_text()
+    assert "1.2 s a step" in axes.texts[0].get_text()
+
+
+def test_timeline_marks_the_peak_and_leaves_out_owners_that_never_held_anything():
+    timeline = [(0.0, {"policy": MIB, "reference": 0}), (1.0, {"policy": 2 * MIB, "reference": 0})]
+    axes = timeline_figure(timeline, {"policy": 2 * MIB, "reference": 0}).axes[0]
+    assert axes.get_title(loc="left") == "peak 2.0 MiB"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["policy 2.0 MiB"]
+    assert axes.lines[0].get_ydata()[0] == 2
+
+
+def test_figures_of_nothing_are_still_pictures():
+    assert png(runs_figure([])).startswith(PNG)
+    assert png(timeline_figure([], {"policy": 0})).startswith(PNG)
+
+
+def test_the_opening_picture_has_a_text():
+    assert "adapter on is the policy" in face(three_ways())["text/plain"]
+
+
+# MemoryPanel
+
+
+def test_memory_panel_counts_by_owner_and_leaves_a_picture():
+    with MemoryPanel(rate=100) as panel:
+        panel.own("policy", load_model("pocket"))
+        kept = torch.zeros(MIB)
+    peak = panel.ledger.peak()
+    assert peak["policy"] > MIB
+    assert peak["activations"] >= kept.nbytes
+    assert face(panel)["text/plain"] == MemoryPanel.alt
+
+
+def test_memory_panel_ends_its_thread_whatever_ends_the_block():
+    before = threading.active_count()
+
+    def fail(error):
+        with MemoryPanel(rate=100):
+            assert threading.active_count() == before + 1
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            fail(error)
+        assert threading.active_count() == before
+
+
+def test_memory_panel_writes_while_the_block_runs():
+    with MemoryPanel(rate=100) as panel:
+        panel.own("policy", torch.zeros(3 * MIB // 4))
+        written = threading.Event()
+        panel.widget.observe(lambda change: written.set(), "value")
+        assert written.wait(10)
+        assert "3.0 MiB" in panel.widget.value
+
+
+def test_readout_shows_now_and_peak_of_each_owner():
+    html = readout_html({"policy": MIB, "<b>": 0}, {"policy": 4 * MIB, "<b>": 0}, "RSS 1 GiB")
+    assert "width:25.0%" in html
+    assert "1.0 MiB" in html
+    assert "4.0 MiB" in html
+    assert "<b>" not in html
+
+
+# StrategyPanel
+
+
+@pytest.fixture
+def panel():
+    return StrategyPanel(model="pocket")
+
+
+def test_the_button_runs_what_is_chosen_and_adds_a_row_and_a_bar(panel):
+    before = panel.picture.value
+    panel.strategy.value = "adapter"
+    panel.lora_rank.value = 4
+    panel.batch.value = 2
+    panel.seq.value = 32
+    panel.button.click()
+    (run,) = panel.runs
+    assert (run.strategy, run.lora_rank, run.batch, run.seq) == ("adapter", 4, 2, 32)
+    assert panel.picture.value != before
+    assert panel.table.value.count("adapter, LoRA 4") == 1
+    assert "Done: adapter, LoRA 4." in panel.status.value
+    assert not panel.button.disabled
+    panel.strategy.value = "clone"
+    assert panel.run().kl == run.kl
+    assert len(panel.runs) == 2
+
+
+def test_the_button_shows_ranks_at_work(panel, monkeypatch):
+    def ranks(strategy, on_event, **options):
+        on_event({"rank": 1, "event": "loaded"})
+        assert "rank 1: loaded" in panel.status.value
+        assert panel.button.disabled
+        return CLONE
+
+    monkeypatch.setattr("refkl_lib.view.strategy.run_strategy", ranks)
+    panel.strategy.value = "zero3"
+    panel.button.click()
+    assert panel.runs == [CLONE]
+
+
+def test_an_error_is_shown_and_raised(panel):
+    panel.strategy.value = "adapter"
+    panel.lora_rank.value = None
+    with pytest.raises(TypeError, match="no adapter to switch off"):
+        panel.run()
+    assert 'role="alert"' in panel.status.value
+    assert "no adapter to switch off" in panel.status.value
+    assert panel.runs == []
+    panel.button.click()
+    assert not panel.button.disabled, "a failure must not lock the button"
+
+
+def test_strategy_panel_has_a_static_face_and_a_live_one(panel):
+    data = face(panel)
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert data["text/plain"] == face(StrategyPanel(model="pocket", runs=[CLONE]))["text/plain"]
+
+
+def test_table_has_every_number_of_a_run():
+    html = runs_html([CLONE])
+    for text in ("clone, LoRA 8", "1 × 64", "513.0 MiB", "1014.0 MiB", "0.0000, 0.0500", "1.25 s", "0.25 s"):
+        assert text in html
+
+
+# run_strategy
+
+
+def test_strategies_agree_on_the_kl_and_differ_in_the_bill():
+    clone, adapter = (run_strategy(s, model="pocket", lora_rank=4, seq=32) for s in ("clone", "adapter"))
+    assert clone.kl == adapter.kl
+    assert clone.kl[0] == 0.0 < clone.kl[1] < clone.kl[2]
+    assert adapter.reference_bytes == adapter.owners["reference"] == 0
+    assert clone.reference_bytes == clone.owners["reference"] > MIB
+    assert clone.peak - adapter.peak == clone.reference_bytes
+    assert 0 < clone.reference_seconds < clone.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"strategy": "swop"}, "'swop'"), ({"strategy": "clone", "steps": 0}, "steps is 0")],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run_strategy(model="pocket", **options)
