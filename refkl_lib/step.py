@@ -1,20 +1,13 @@
 """The training step that the whole kit measures: next-token loss plus a KL penalty."""
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refkl_lib.kl.exact import exact_kl
-
-
-class GivesLogits(Protocol):
-    """What a step needs of a reference."""
-
-    def logits(self, **inputs: Any) -> Tensor:
-        """Return logits (B, T, V) without a gradient."""
+from refkl_lib.kl.exact import GivesLogits, exact_kl
 
 
 def policy_loss(

@@ -6,13 +6,19 @@ The first argument is the distribution that the expectation is taken over: KL(po
 fine-tuning penalty means. `torch.nn.functional.kl_div(input, target)` has it the other way round.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from refkl_lib.kl.reduce import Reduction, reduce_tokens
-from refkl_lib.reference.base import Reference
+
+
+class GivesLogits(Protocol):
+    """What a KL needs of a reference, however that is kept."""
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """Return logits (B, T, V) without a gradient."""
 
 
 def exact_kl(
@@ -37,7 +43,7 @@ def exact_kl(
 
 def compute_kl_divergence(
     policy: nn.Module,
-    reference: Reference,
+    reference: GivesLogits,
     inputs: dict[str, Any],
     reduction: Reduction = "mean",
 ) -> Tensor:
