@@ -1,0 +1,151 @@
+"""What one rank trains: a policy beside its reference, both partitioned by ZeRO-3.
+
+All ranks work on the same batch, where a real job would give each its own, so that their KL is the one
+that a single process computes.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from refkl_lib.memory.ledger import MemoryLedger
+from refkl_lib.models import load_model
+from refkl_lib.ranks.events import tell
+from refkl_lib.reference.base import Reference
+from refkl_lib.reference.zero3 import ZeRO3Reference, gathered_weights
+from refkl_lib.step import TimedReference, policy_loss
+from refkl_lib.tensors import storage_bytes
+from refkl_lib.text import sample_batch
+
+
+def train(settings: argparse.Namespace) -> None:
+    """Load policy and reference, take the steps, and tell at each phase what was held and computed."""
+    connect()
+    tell("imported")
+    config = job_config(settings.learning_rate)
+    policy = load_policy(settings, config)
+    reference = ZeRO3Reference(settings.model, ds_config=config)
+    tell("loaded")
+    engine = make_engine(policy, config)
+    tell(
+        "initialised",
+        policy_bytes=storage_bytes(engine.module),
+        reference_bytes=reference.owned_bytes(),
+        reference_fingerprint=reference.fingerprint(),
+    )
+    with MemoryLedger() as ledger:
+        own(ledger, engine, reference)
+        for facts in steps(engine, reference, settings):
+            tell("step", **facts)
+        optimizer, gradients = optimizer_and_gradients(engine)
+        tell(
+            "done",
+            optimizer_bytes=storage_bytes(optimizer),
+            gradient_bytes=storage_bytes(gradients),
+            peak=ledger.peak(),
+            policy_fingerprint=fingerprint(engine.module),
+            reference_fingerprint=reference.fingerprint(),
+        )
+    torch.distributed.destroy_process_group()
+
+
+def connect() -> None:
+    """Join the other ranks."""
+    if get_accelerator().device_name() == "cpu":
+        # An operator for inference alone: it takes a compiler and a minute to build, and leaves shared
+        # memory behind when a rank is killed. Training talks through gloo with it or without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+
+
+def job_config(learning_rate: float) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of the job."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # torch's AdamW: DeepSpeed's own would be compiled first.
+        "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": 0.0, "torch_adam": True}},
+        "zero_optimization": {
+            "stage": 3,
+            # Every layer is gathered when it computes and not a moment longer, so that the peak shows what
+            # ZeRO-3 saves. With DeepSpeed's defaults a model this small stays gathered, whole.
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+            # Norms and small adapters stay with every rank: too small to be worth a message.
+            "stage3_param_persistence_threshold": 6_000,
+            "reduce_bucket_size": 300_000,
+            "sub_group_size": 10_000_000,
+        },
+    }
+
+
+def load_policy(settings: argparse.Namespace, config: dict[str, Any]) -> nn.Module:
+    """Return the policy, partitioned, with an adapter if one is to be trained."""
+    in_force = HfDeepSpeedConfig(config)  # transformers loads partitioned for as long as this lives
+    policy = load_model(settings.model)
+    del in_force
+    if settings.lora_rank is None:
+        return policy
+    from refkl_lib.reference.adapter import add_lora
+
+    torch.manual_seed(settings.seed)
+    return add_lora(policy, settings.lora_rank)
+
+
+def make_engine(policy: nn.Module, config: dict[str, Any]) -> Any:
+    """Return the DeepSpeed engine that trains what is trainable in the policy."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=policy, model_parameters=trained, config=config)
+    return engine
+
+
+def own(ledger: MemoryLedger, engine: Any, reference: ZeRO3Reference) -> None:
+    """Tell the ledger whose the storages are that a ZeRO-3 job keeps; what is gathered it finds by itself."""
+    optimizer, gradients = optimizer_and_gradients(engine)
+    ledger.own("policy", engine.module)
+    ledger.own("reference", reference.engine.module)
+    ledger.own("optimizer", engine.optimizer.optimizer)
+    ledger.own("optimizer", optimizer)
+    ledger.own("gradients", gradients)
+
+
+def optimizer_and_gradients(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what DeepSpeed keeps for this rank's shards: AdamW's state with the float32 weights it works on
+    (a copy of the shards on CPU ranks), and the gradients with the buffer they are reduced in.
+    """
+    zero = engine.optimizer
+    state = [t for entry in zero.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+    buffers = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+    return [*zero.fp32_partitioned_groups_flat, *state], [zero.grad_partitions_flat_buffer, *buffers]
+
+
+def steps(engine: Any, reference: ZeRO3Reference, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train, and yield for each step its loss, its KL (nats per token, before the step) and its seconds."""
+    text = sample_batch(settings.model, settings.batch, settings.seq)
+    batch = {name: tensor.to(engine.device) for name, tensor in text.items()}
+    timed = TimedReference(reference)
+    for step in range(settings.steps):
+        start = time.perf_counter()
+        loss, kl = policy_loss(engine, timed, batch, settings.beta)
+        engine.backward(loss)
+        engine.step()
+        get_accelerator().synchronize()
+        yield {
+            "step": step,
+            "loss": loss.item(),
+            "kl": kl.item(),
+            "seconds": time.perf_counter() - start,
+            "reference_seconds": timed.seconds[-1],
+        }
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return the fingerprint that a reference with the weights of this partitioned module would have."""
+    return Reference.fingerprint(cast(Any, SimpleNamespace(named_weights=lambda: gathered_weights(module))))

@@ -1,0 +1,67 @@
+"""What each rank runs: it says that it lives, trains, and says how it went.
+
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --module refkl_lib.ranks.worker --model pocket --steps 3
+
+Standard output carries one event a phase and a step (`events.tell`), among whatever libraries print.
+"""
+
+import argparse
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+
+from refkl_lib.ranks.events import tell
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says; an exception is told before it ends the rank."""
+    settings = parse(arguments)
+    # Asked by SIGUSR1, a rank prints where it is: what to do when it hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    threading.Thread(target=end_with_the_listener, daemon=True).start()
+    tell("started", pid=os.getpid())
+    try:
+        # Only now: these imports take seconds, and a rank that fails in them should be known by its number.
+        from refkl_lib.ranks.training import train
+
+        train(settings)
+    except BaseException as error:
+        # Only the end of each: an event has to fit into one write.
+        said, trace = f"{type(error).__name__}: {error}"[:500], traceback.format_exc()[-2000:]
+        tell("error", message=said, traceback=trace)
+        raise
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the settings that a command line holds."""
+    parser = argparse.ArgumentParser(prog="refkl_lib.ranks.worker", description="One rank of launch_zero3.")
+    parser.add_argument("--model", default="pocket", help="pocket, smollm2, a hub id or a folder")
+    parser.add_argument("--steps", type=int, default=3, help="training steps")
+    parser.add_argument("--lora-rank", type=int, help="train a LoRA adapter of this rank, not the whole model")
+    parser.add_argument("--batch", type=int, default=1, help="sequences, the same on every rank")
+    parser.add_argument("--seq", type=int, default=64, help="tokens of a sequence")
+    parser.add_argument("--beta", type=float, default=0.1, help="weight of the KL in the loss")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter's first weights")
+    return parser.parse_args(arguments)
+
+
+def end_with_the_listener() -> None:
+    """Wait until nobody can read standard output any more, then end this process.
+
+    A rank whose launching program was killed would otherwise train on, or wait for other ranks, unseen.
+    """
+    hung_up = select.poll()
+    # Without asking for anything, poll still reports the end of the other side; a file has none.
+    hung_up.register(sys.stdout.fileno(), 0)
+    hung_up.poll()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

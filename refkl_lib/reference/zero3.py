@@ -1,0 +1,247 @@
+"""ZeRO-3: load the checkpoint again, partitioned over the ranks.
+
+Under DeepSpeed ZeRO-3 a rank holds one shard of each parameter, so there is nothing whole to clone. The
+reference is loaded from the checkpoint a second time, partitioned as well: it costs each of G ranks N/G,
+where a model loaded plainly would cost each of them N.
+
+    engine, *_ = deepspeed.initialize(model=policy, config=ds_config)      # on every rank of a job
+    reference = ZeRO3Reference("smollm2", ds_config=ds_config)
+    reference.logits(**batch)                                              # (B, T, V), no gradient
+
+Whatever touches the weights gathers them from all ranks, so every rank has to call it: the passes,
+`fingerprint` and `sync`.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from refkl_lib.models import load_model
+from refkl_lib.reference.base import Reference, evaluating
+from refkl_lib.reference.mix import check_alpha
+from refkl_lib.tensors import storage_bytes
+
+Offload = Literal["none", "cpu", "nvme"]
+
+# What a job's configuration says about training; a model that only looks has no use for it.
+TRAINING_KEYS = (
+    "optimizer",
+    "scheduler",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "elasticity",
+    "flops_profiler",
+)
+
+
+class ZeRO3Reference(Reference):
+    """A checkpoint loaded again as ZeRO-3 partitions, in a DeepSpeed engine without an optimizer.
+
+    `source` is what the policy was loaded from (see `load_model`): changes made to the policy in memory,
+    resized embeddings say, are not in it. `ds_config` is the job's own configuration, a dict or the path of a
+    JSON file, or else the one that transformers holds (`HfDeepSpeedConfig`). `dtype` and `offload` (where the
+    shards wait: "none" keeps them on the device) are the job's unless given.
+    Raises ImportError without deepspeed, RuntimeError outside of a distributed job, and ValueError for an
+    offload that is unknown or lacks its `nvme_path`.
+    """
+
+    strategy = "zero3"
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        ds_config: dict[str, Any] | str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        offload: Offload | None = None,
+        nvme_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        deepspeed = _deepspeed_in_a_job()
+        config = reference_config(_read(ds_config), dtype, offload, nvme_path)
+        with _loading_partitioned(config):
+            model = load_model(source, dtype=_dtype_of(config))
+        _size_buckets(config, model.config.get_text_config().hidden_size)
+        self.engine = deepspeed.initialize(model=model.requires_grad_(False), config=config)[0]
+        self.engine.eval()
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """Give the engine, which gathers each layer for as long as the layer computes."""
+        try:
+            with evaluating(self.engine) as engine:
+                yield engine
+        except BaseException:
+            # A pass that broke off leaves its layers gathered and marked as in use.
+            self.engine.empty_partition_cache()
+            raise
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters, gathered one at a time, and the buffers; every rank has to come along."""
+        return gathered_weights(self.engine.module)
+
+    def owned_bytes(self) -> int:
+        """Return the bytes that this rank holds: its shards and, after a pass, the small persistent weights."""
+        return storage_bytes(self.engine.module)
+
+    @torch.no_grad()
+    def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
+        """Move every weight towards the policy's, one at a time; the policy may be an engine or a module.
+
+        Raises ValueError if alpha is not in [0, 1] or the two models do not have the same weights.
+        """
+        check_alpha(alpha)
+        ours, theirs = _weights(self.engine.module), _weights(getattr(policy, "module", policy))
+        _check_same(ours, theirs)
+        for name, weight in ours.items():
+            # On leaving, rank 0's result goes to all ranks and the shards are cut anew. A persistent weight
+            # gives up its full copy, too, and is gathered again by the next pass.
+            with _gathered(weight, modifier_rank=0), _gathered(theirs[name]):
+                _move(weight, theirs[name], alpha)
+
+
+def gathered_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a partitioned module's parameters, gathered one at a time, and its buffers; on every rank."""
+    for name, parameter in module.named_parameters():
+        with _gathered(parameter):
+            yield name, parameter.detach()
+    yield from module.named_buffers()
+
+
+def reference_config(
+    job: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    offload: Offload | None = None,
+    nvme_path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a reference beside a job's: stage 3, nothing that trains.
+
+    Raises ValueError for an offload that is unknown or lacks its `nvme_path`.
+    """
+    config = _without_auto({key: v for key, v in deepcopy(job).items() if key not in TRAINING_KEYS})
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    dtype = dtype or _dtype_of(config)
+    config["bf16"] = {"enabled": dtype == torch.bfloat16}
+    config["fp16"] = {"enabled": dtype == torch.float16}
+    # The keys are nested: DeepSpeed overlooks "zero_optimization.stage" without a word.
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = 3
+    zero.pop("offload_optimizer", None)
+    # Spares the backward pass memory by exchanging torch's linear for the whole process; here is no backward.
+    zero.setdefault("memory_efficient_linear", False)
+    if offload is not None:
+        zero["offload_param"] = _offload(offload, nvme_path)
+    return config
+
+
+def _offload(where: Offload, nvme_path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    if where not in ("none", "cpu", "nvme"):
+        raise ValueError(f'offload is {where!r}, but must be "none", "cpu" or "nvme"')
+    if where != "nvme":
+        return {"device": where}
+    if nvme_path is None:
+        raise ValueError('offload="nvme" needs nvme_path=, a folder on the disk that is to hold the shards')
+    return {"device": where, "nvme_path": os.fspath(nvme_path)}
+
+
+def _size_buckets(config: dict[str, Any], hidden: int) -> None:
+    """Size what is kept and fetched ahead by the model, as transformers' "auto" does, unless the job says."""
+    zero = config["zero_optimization"]
+    zero.setdefault("stage3_param_persistence_threshold", 10 * hidden)
+    zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * hidden * hidden))
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config without the values that a transformers `Trainer` would have filled in."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
+
+
+def _dtype_of(config: dict[str, Any]) -> torch.dtype:
+    if config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def _read(ds_config: dict[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    if ds_config is None:
+        return deepspeed_config() or {}
+    return ds_config if isinstance(ds_config, dict) else json.loads(Path(ds_config).read_text())
+
+
+def _deepspeed_in_a_job() -> ModuleType:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "a ZeRO-3 reference needs deepspeed, which this environment lacks (it runs on Linux; on Windows use "
+            'WSL). Everywhere else keep a "clone" or an "adapter" reference'
+        ) from error
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError(
+            "ZeRO-3 partitions a model over the ranks of a job, and this process is not one of them. Start it "
+            "with a launcher (deepspeed --num_gpus 2 script.py), call launch_zero3(), or in a single process keep "
+            'a "clone" or an "adapter" reference'
+        )
+    return deepspeed
+
+
+@contextmanager
+def _loading_partitioned(config: dict[str, Any]) -> Iterator[None]:
+    """Make transformers load models as partitions for a block, then put back what the job had set."""
+    from transformers.integrations import deepspeed as integration
+
+    before = integration._hf_deepspeed_config_weak_ref
+    # transformers only keeps a weak reference: the configuration is in force while this name holds it.
+    ours = integration.HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        del ours
+        integration._hf_deepspeed_config_weak_ref = before
+
+
+def _gathered(weight: Tensor, modifier_rank: int | None = None) -> Any:
+    """Gather one weight whole for a block; one that is not partitioned, a buffer say, is whole already."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier_rank)
+
+
+def _move(weight: Tensor, towards: Tensor, alpha: float) -> None:
+    towards = towards.to(weight.device, weight.dtype)
+    if weight.is_floating_point():
+        weight.lerp_(towards, alpha)
+    else:
+        weight.copy_(towards)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _check_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    shapes = [{name: _whole_shape(w) for name, w in weights.items()} for weights in (ours, theirs)]
+    differing = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+    if differing:
+        raise ValueError(
+            f"the policy and the reference are not the same model: they differ in {differing[0]!r}. "
+            "A policy with adapters has to be merged, or kept in a frozen adapter reference"
+        )
+
+
+def _whole_shape(weight: Tensor) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)
