@@ -4,7 +4,10 @@
     python benchmarks/ledger_overhead.py pocket --pairs 30
 
 One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. Steps with and
-without a ledger take turns, so that a machine that gets slower or faster meanwhile does so for both.
+without a ledger take turns, so that a machine that gets slower or faster meanwhile does so for both. What is
+left of noise on a CPU comes from memory that is given back and fetched again; glibc keeps it when told to:
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/ledger_overhead.py
 """
 
 import argparse
@@ -71,9 +74,7 @@ def main() -> None:
     print(f"{options.model}, {options.batch} x {options.tokens} tokens, median of {options.pairs} steps")
     print(f"{'seconds':<10}{'without':>10}{'with':>10}{'ratio':>8}")
     for row, name in enumerate(("clock", "processor")):
-        without, with_ledger = (
-            statistics.median(pair[row] for pair in times[kind]) for kind in (False, True)
-        )
+        without, with_ledger = (statistics.median(pair[row] for pair in times[kind]) for kind in (False, True))
         print(f"{name:<10}{without:>10.4f}{with_ledger:>10.4f}{with_ledger / without:>8.3f}")
 
 

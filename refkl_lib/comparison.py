@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -43,6 +43,22 @@ class StrategyRun:
     reference_bytes: int
     step_seconds: float
     reference_seconds: float
+
+    @classmethod
+    def from_ranks(cls, run: ZeRO3Run) -> Self:
+        """Return what a job of several ranks has shown, on the rank that held most at its peak."""
+        fullest = max(run.ranks, key=lambda report: sum(report.peak.values()))
+        settings = {name: run.settings[name] for name in ("lora_rank", "batch", "seq")}
+        return cls(
+            "zero3",
+            **settings,
+            ranks=len(run.ranks),
+            kl=run.kl,
+            owners=fullest.peak,
+            reference_bytes=fullest.reference_bytes,
+            step_seconds=median(run.step_seconds),
+            reference_seconds=median(run.reference_seconds),
+        )
 
     @property
     def peak(self) -> int:
@@ -88,8 +104,7 @@ def run_strategy(
     settings: dict[str, Any] = {"lora_rank": lora_rank, "batch": batch, "seq": seq}
     training: dict[str, Any] = {"steps": steps, "beta": beta, "learning_rate": learning_rate, "seed": seed}
     if strategy == "zero3":
-        run = launch_zero3(ranks, model, on_event=on_event, **settings, **training)
-        return from_ranks(run)
+        return StrategyRun.from_ranks(launch_zero3(ranks, model, on_event=on_event, **settings, **training))
     return _run_here(strategy, model, settings, training)
 
 
@@ -103,7 +118,7 @@ def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dic
     kl, seconds = [], []
     with MemoryLedger() as ledger:
         ledger.own("policy", policy)
-        ledger.own("reference", (weight for _, weight in reference.named_weights()))
+        ledger.own("reference", reference)
         ledger.own("optimizer", optimizer)
         for _ in range(training["steps"]):
             started = time.perf_counter()
@@ -121,9 +136,7 @@ def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dic
     )
 
 
-def _policy_and_reference(
-    strategy: str, model: str, lora_rank: int | None, seed: int
-) -> tuple[nn.Module, Reference]:
+def _policy_and_reference(strategy: str, model: str, lora_rank: int | None, seed: int) -> tuple[nn.Module, Reference]:
     policy = load_model(model)
     # A clone is made of the bare model: there is no need to copy an adapter that does nothing yet.
     reference = create_reference(policy, "clone") if strategy == "clone" else None

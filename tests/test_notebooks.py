@@ -109,7 +109,5 @@ def test_a_widget_without_a_picture_is_refused(tmp_path):
 
 def test_notes_of_the_editor_are_not_stored():
     edited = notebook()
-    edited.cells[0].metadata.update(
-        collapsed=True, execution={"iopub.status.busy": "now"}, tags=["hide-input"]
-    )
+    edited.cells[0].metadata.update(collapsed=True, execution={"iopub.status.busy": "now"}, tags=["hide-input"])
     assert stored(edited).cells[0].metadata == {"tags": ["hide-input"]}

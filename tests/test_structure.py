@@ -107,9 +107,7 @@ def test_arrows_point_down(path):
 
 
 def test_no_files_import_each_other_in_a_circle():
-    modules = {
-        name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path for path in LIBRARY
-    }
+    modules = {name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path for path in LIBRARY}
     graph = {
         module: {
             prefix
@@ -195,9 +193,7 @@ def test_a_package_in_the_wrong_file_is_noticed(source):
 
 
 def test_magics_do_not_hide_a_notebooks_imports(tmp_path):
-    cells = [
-        nbformat.v4.new_code_cell(source) for source in ("%time import requests", "!ls\nfrom torch import nn")
-    ]
+    cells = [nbformat.v4.new_code_cell(source) for source in ("%time import requests", "!ls\nfrom torch import nn")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "small.ipynb")
     assert "torch" in notebook_imports(tmp_path / "small.ipynb")
 

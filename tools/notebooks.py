@@ -67,6 +67,8 @@ def stored(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET_VIEW, None)
+            if "text" in output:  # a command that was run can be pasted into a shell in the project's folder
+                output.text = output.text.replace(f"{ROOT}/", "")
     return notebook
 
 

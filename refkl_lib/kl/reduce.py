@@ -53,8 +53,7 @@ def check_mask(values: Tensor, mask: Tensor | None) -> Tensor:
         mask = torch.ones_like(values, dtype=torch.bool)
     if mask.shape != values.shape:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, but there is one value for each token: "
-            f"{tuple(values.shape)}"
+            f"mask has shape {tuple(mask.shape)}, but there is one value for each token: {tuple(values.shape)}"
         )
     counts = mask.bool()
     if mask.dtype != torch.bool and not bool((mask == counts).all()):

@@ -7,8 +7,9 @@
     ledger.now()   # {"policy": …, "reference": 0, "gradients": …, "optimizer": 0, "activations": …}
 
 Every operation passes a dispatch mode on the way to its kernel, so each new storage is seen as it is
-born; a weak reference tells when it is freed. The device is asked nothing, so tensors on the CPU, on a
-GPU and on "meta" are counted alike.
+born; a weak reference tells when it is freed. The device is asked nothing, so tensors on the CPU and on
+a GPU are counted alike; and with `MemoryLedger(meta=True)` those on "meta", which only have a shape, as if
+they were real.
 """
 
 import threading
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from refkl_lib.reference.base import Reference
 from refkl_lib.tensors import storages_of, tensors_of
 
 OWNERS = ("policy", "reference", "gradients", "optimizer", "activations")
@@ -47,12 +49,18 @@ class MemoryLedger:
     passes included, and all that is owned. Not counted are scratch memory inside a kernel or a compiled
     function, the rounding of an allocator, sparse gradients, and older storages that nobody owned. A
     storage resized with `untyped_storage().resize_`, which is no operation, keeps the size it had.
+    While a dispatch mode is on, PyTorch's backward pass adds up gradients that meet in a new tensor where
+    it would do so in place (torch 2.13), so a step may hold one such sum more than it would unseen.
+
+    With `meta`, tensors on the meta device count as well. Without, they do not: loaders build a model there
+    before they read its weights.
 
     The ledger keeps no tensor alive. After the block it notices what is freed but nothing new; entered
     again, it goes on. Another ledger may run inside. Any thread may call `now`, `peak` and `timeline`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meta: bool = False) -> None:
+        self._meta = meta
         # Re-entrant, for garbage collection inside a locked section may run code that makes tensors.
         self._lock = threading.RLock()
         self._recorder = _Recorder(self._note)
@@ -89,11 +97,17 @@ class MemoryLedger:
 
         `thing` is a tensor, module, optimizer, mapping or iterable of these (an iterator is used up).
         The gradients its parameters get and the state an optimizer makes follow by themselves; a module
-        that was moved, or has got an adapter, has new storages: own it again. Raises TypeError for
-        anything else.
+        that was moved, or has got an adapter, has new storages: own it again. A `Reference` stands for what
+        it holds. Raises TypeError for anything else, ValueError for tensors on meta that do not count.
         """
-        _check_own(name, thing)
-        tensors = list(tensors_of(thing))
+        held = thing.held() if isinstance(thing, Reference) else thing
+        _check_own(name, held)
+        tensors = list(tensors_of(held))
+        if not self._meta and any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                f"{name!r} is on the meta device, where tensors have no memory: MemoryLedger(meta=True) "
+                "counts them as if they were real"
+            )
         leaves = [tensor for tensor in tensors if tensor.is_leaf]
         with self._lock:
             self._label(name, tensors)
@@ -129,8 +143,8 @@ class MemoryLedger:
         """Return (seconds since the ledger was made, bytes by owner) points, the last one for now.
 
         There are about a thousand at most, each the highest of its slice of time: peaks stay when
-        slices grow. Owners are as they were known then, and memory freed between operations is
-        noticed by the next one, or when the ledger is asked.
+        slices grow. As in `peak`, a storage that got its owner later counts for it. Memory freed between
+        operations is noticed by the next one, or when the ledger is asked.
         """
         with self._lock:
             self._settle()
@@ -145,11 +159,12 @@ class MemoryLedger:
             for storage in storages_of(strided).values():
                 self._give(self._note(storage), name)
 
-    def _give(self, record: "_Record", name: str) -> None:
-        if record.owner == REST:
+    def _give(self, record: "_Record | None", name: str) -> None:
+        if record is not None and record.owner == REST:
             self._bytes[REST] -= record.nbytes
             self._bytes[name] += record.nbytes
             record.owner = name
+            self._timeline.relabel(record, name)
 
     def _hook(self) -> None:
         """Label what a parameter or an optimizer grows as soon as it has; one hook each."""
@@ -161,19 +176,18 @@ class MemoryLedger:
         if isinstance(thing, Optimizer):
             return thing.register_step_post_hook(lambda optimizer, *_: self._label(name, optimizer))
         if thing.requires_grad:
-            return thing.register_post_accumulate_grad_hook(
-                lambda parameter: self._label(GRADIENTS, parameter.grad)
-            )
+            return thing.register_post_accumulate_grad_hook(lambda parameter: self._label(GRADIENTS, parameter.grad))
         return None
 
-    def _note(self, storage: torch.UntypedStorage) -> "_Record":
-        """Return the record of a storage, a new one if the storage or its size is new."""
+    def _note(self, storage: torch.UntypedStorage) -> "_Record | None":
+        """Return the record of a storage that counts, a new one if the storage or its size is new."""
         with self._lock:
             if self._freed:
                 self._settle()
             record = self._live.get(storage._cdata)
             if record is None:
-                return self._open(storage, REST)
+                counts = self._meta or storage.device.type != "meta"
+                return self._open(storage, REST) if counts else None
             if record.nbytes == storage.nbytes():
                 return record
             self._settle()
@@ -186,9 +200,10 @@ class MemoryLedger:
         record = _Record(storage, self._freed.append)
         self._births += 1
         record.key, record.nbytes = storage._cdata, storage.nbytes()
-        record.owner, record.birth = owner, self._births
+        record.owner, record.birth, record.seconds = owner, self._births, self._timeline.seconds()
         self._live[record.key] = record
         self._bytes[owner] += record.nbytes
+        self._timeline.add(record.seconds, self._bytes)
         return record
 
     def _close(self, record: "_Record") -> None:
@@ -202,7 +217,7 @@ class MemoryLedger:
     def _settle(self) -> None:
         """Close the records of freed storages; just before that the total is at a local high."""
         total = sum(self._bytes.values())
-        self._timeline.add(total, self._bytes)
+        self._timeline.add(self._timeline.seconds(), self._bytes)
         if total > self._peak_total:
             self._peak_total, self._peak_births = total, self._births
             self._freed_since_peak = []
@@ -213,11 +228,12 @@ class MemoryLedger:
 class _Record(weakref.ref[torch.UntypedStorage]):
     """What is known of one storage; weak, so that it keeps nothing alive."""
 
-    __slots__ = ("birth", "key", "nbytes", "owner")
+    __slots__ = ("birth", "key", "nbytes", "owner", "seconds")
     birth: int
     key: int
     nbytes: int
     owner: str
+    seconds: float
 
 
 class _Recorder(TorchDispatchMode):
@@ -269,8 +285,8 @@ class _Timeline:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def add(self, total: int, owners: Mapping[str, int]) -> None:
-        seconds = self.seconds()
+    def add(self, seconds: float, owners: Mapping[str, int]) -> None:
+        total = sum(owners.values())
         if seconds >= self._slice_ends:
             self._slice_ends = seconds + self._slice
             self.points.append((seconds, dict(owners)))
@@ -281,6 +297,14 @@ class _Timeline:
         self._high = total
         if len(self.points) > self.LIMIT:
             self._thin()
+
+    def relabel(self, record: _Record, name: str) -> None:
+        """Give `name` the bytes of a record that lives, in every point since its birth."""
+        for seconds, owners in reversed(self.points):
+            if seconds < record.seconds:
+                return
+            owners[REST] -= record.nbytes
+            owners[name] = owners.get(name, 0) + record.nbytes
 
     def _thin(self) -> None:
         pairs = zip_longest(self.points[::2], self.points[1::2])

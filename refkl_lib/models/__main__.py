@@ -21,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; nothing is left half-written, and the same command starts again", file=sys.stderr
-        )
+        print("\ninterrupted; nothing is left half-written, and the same command starts again", file=sys.stderr)
         return 130
     return 0
 

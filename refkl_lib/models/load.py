@@ -51,9 +51,7 @@ def load_tokenizer(source: Source = "smollm2") -> PreTrainedTokenizerBase:
     """
     folder = model_folder(source)
     if not any(Path(folder).glob("tokenizer*")):
-        raise ValueError(
-            f"{folder} holds a model but no tokenizer; add it with tokenizer.save_pretrained(folder)"
-        )
+        raise ValueError(f"{folder} holds a model but no tokenizer; add it with tokenizer.save_pretrained(folder)")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,8 +87,7 @@ def _smollm2_folder() -> Path:
     folder = cache_folder() / "smollm2"
     if not folder.is_dir():
         raise ModelUnavailableError(
-            f"smollm2 is not in {folder.parent}; "
-            "fetch it once (93 MB) with: python -m refkl_lib.models fetch smollm2"
+            f"smollm2 is not in {folder.parent}; fetch it once (93 MB) with: python -m refkl_lib.models fetch smollm2"
         )
     return folder
 

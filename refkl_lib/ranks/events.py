@@ -26,3 +26,11 @@ def read_event(line: str) -> Event | None:
         return json.loads(line.removeprefix(MARK))
     except ValueError:
         return None
+
+
+def describe(event: Event) -> str:
+    """Return one line for people: "rank 1: step 2, KL 0.1959, 3.4 s"."""
+    line = f"rank {event['rank']}: {event['event']}"
+    if event["event"] == "step":
+        line += f" {event['step']}, KL {event['kl']:.4f}, {event['seconds']:.1f} s"
+    return line

@@ -136,7 +136,7 @@ class Job:
 
 def _read_all(pipe: int) -> tuple[str, bool]:
     """Return what a pipe holds now, and whether nobody can write to it any more."""
-    chunks = []
+    chunks: list[bytes] = []
     while True:
         try:
             chunk = os.read(pipe, 1 << 16)

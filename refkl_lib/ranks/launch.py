@@ -7,9 +7,11 @@
 Whatever happens (a rank fails, is killed or hangs, an interrupt), no process is left when the call is over.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import shlex
+import site
 import socket
 import sys
 import time
@@ -61,23 +63,23 @@ def launch_zero3(
     sample_batch(model, batch, seq)  # what cannot work had better fail here than in every rank
     settings = {"model": model, "steps": steps, "batch": batch, "seq": seq, "beta": beta}
     settings |= {"learning_rate": learning_rate, "seed": seed, "lora_rank": lora_rank}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
     try:
-        return _run(ranks, worker, arguments, on_event, timeout)
+        return _run(ranks, worker, settings, on_event, timeout)
     except RankError as error:
         # Between choosing a free port and listening on it, somebody else may take it; but hardly twice.
         if "EADDRINUSE" not in error.log:
             raise
-        return _run(ranks, worker, arguments, on_event, timeout)
+        return _run(ranks, worker, settings, on_event, timeout)
 
 
 def _run(
     ranks: int,
     worker: str,
-    arguments: Sequence[str],
+    settings: dict[str, Any],
     on_event: Callable[[Event], None] | None,
     timeout: float,
 ) -> ZeRO3Run:
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
     command, env = command_for(ranks, worker, arguments)
     events: list[Event] = []
     started = time.time()
@@ -86,7 +88,7 @@ def _run(
             events.append(event)
             if on_event is not None:
                 on_event(event)
-    return put_together(events, started, _shown(command, env), job.log)
+    return put_together(settings, events, started, _shown(command, env), job.log)
 
 
 def command_for(ranks: int, worker: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -114,9 +116,7 @@ def _places(ranks: int) -> list[str]:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    env = {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))),
+    env = _path_to_library() | {
         "TOKENIZERS_PARALLELISM": "false",
         # DeepSpeed decorates a few functions with torch.compile, which takes a second to import; none is used.
         "TORCHDYNAMO_DISABLE": "1",
@@ -132,6 +132,16 @@ def _environment(ranks: int) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
     }
+
+
+def _path_to_library() -> dict[str, str]:
+    """Return what lets a rank import this library: nothing, if it is installed."""
+    # Looked for where any Python of this environment looks: a checkout holds metadata, too.
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    if any(importlib.metadata.distributions(name="refkl-lib", path=places)):
+        return {}
+    paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths)))}
 
 
 def _free_port() -> int:

@@ -35,11 +35,13 @@ class RankReport:
 class ZeRO3Run:
     """A finished job: a report for each rank, the time it took, and the command that runs it again.
 
+    `settings` are the arguments of `launch_zero3` that say what is trained.
     `step_seconds` and `reference_seconds` (the reference's part of them) are of each step, on the slowest rank.
     `seconds` tells where the time went: "start" (processes, imports), "load" (both models), "initialise" (the
     engine, a fingerprint), "steps", "finish" (fingerprints). `log` is all that was printed.
     """
 
+    settings: dict[str, Any]
     ranks: tuple[RankReport, ...]
     step_seconds: tuple[float, ...]
     reference_seconds: tuple[float, ...]
@@ -64,10 +66,11 @@ def _line(report: RankReport) -> str:
     return f"{report.rank:<6}{''.join(columns)}   {', '.join(f'{kl:.4f}' for kl in report.kl)}"
 
 
-def put_together(events: Sequence[Event], started: float, command: str, log: str) -> ZeRO3Run:
+def put_together(settings: dict[str, Any], events: Sequence[Event], started: float, command: str, log: str) -> ZeRO3Run:
     """Return the run that these events tell of; `started` is when the launcher was (`time.time()`)."""
     ranks = sorted({event["rank"] for event in events})
     return ZeRO3Run(
+        settings=settings,
         ranks=tuple(_report(rank, [e for e in events if e["rank"] == rank]) for rank in ranks),
         step_seconds=_slowest(events, "seconds"),
         reference_seconds=_slowest(events, "reference_seconds"),

@@ -7,8 +7,7 @@ that a single process computes.
 import argparse
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,7 +18,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from refkl_lib.memory.ledger import MemoryLedger
 from refkl_lib.models import load_model
 from refkl_lib.ranks.events import tell
-from refkl_lib.reference.base import Reference
+from refkl_lib.reference.base import fingerprint_of
 from refkl_lib.reference.zero3 import ZeRO3Reference, gathered_weights
 from refkl_lib.step import TimedReference, policy_loss
 from refkl_lib.tensors import storage_bytes
@@ -51,7 +50,7 @@ def train(settings: argparse.Namespace) -> None:
             optimizer_bytes=storage_bytes(optimizer),
             gradient_bytes=storage_bytes(gradients),
             peak=ledger.peak(),
-            policy_fingerprint=fingerprint(engine.module),
+            policy_fingerprint=fingerprint_of(gathered_weights(engine.module)),
             reference_fingerprint=reference.fingerprint(),
         )
     torch.distributed.destroy_process_group()
@@ -110,15 +109,17 @@ def own(ledger: MemoryLedger, engine: Any, reference: ZeRO3Reference) -> None:
     """Tell the ledger whose the storages are that a ZeRO-3 job keeps; what is gathered it finds by itself."""
     optimizer, gradients = optimizer_and_gradients(engine)
     ledger.own("policy", engine.module)
-    ledger.own("reference", reference.engine.module)
+    ledger.own("reference", reference)
     ledger.own("optimizer", engine.optimizer.optimizer)
     ledger.own("optimizer", optimizer)
     ledger.own("gradients", gradients)
 
 
 def optimizer_and_gradients(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return what DeepSpeed keeps for this rank's shards: AdamW's state with the float32 weights it works on
-    (a copy of the shards on CPU ranks), and the gradients with the buffer they are reduced in.
+    """Return what DeepSpeed keeps beside this rank's shards to train them, in two lists.
+
+    The optimizer's are AdamW's two moments and the float32 weights it works on (on CPU ranks a copy of the
+    shards); the gradients come with the buffer they are reduced in.
     """
     zero = engine.optimizer
     state = [t for entry in zero.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
@@ -144,8 +145,3 @@ def steps(engine: Any, reference: ZeRO3Reference, settings: argparse.Namespace) 
             "seconds": time.perf_counter() - start,
             "reference_seconds": timed.seconds[-1],
         }
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return the fingerprint that a reference with the weights of this partitioned module would have."""
-    return Reference.fingerprint(cast(Any, SimpleNamespace(named_weights=lambda: gathered_weights(module))))

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from refkl_lib.reference.base import Reference, evaluating
 from refkl_lib.reference.mix import check_alpha
-from refkl_lib.tensors import storage_bytes
 
 # Of PEFT 0.21's initialisations, those that leave the base weight as it is. The others (pissa, olora,
 # corda, loftq, lora_ga) move a part of it into the adapter.
@@ -93,14 +92,14 @@ class AdapterReference(Reference):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the base model's weights, and those of the frozen adapter if there is one."""
         policy = self.policy
-        others = _added_by_peft(policy) - {id(weight) for weight in self._frozen_adapter()}
+        others = _added_by_peft(policy) - {id(weight) for weight in self.held()}
         for name, weight in (*policy.named_parameters(), *policy.named_buffers()):
             if id(weight) not in others:
                 yield _original_name(name), weight
 
-    def owned_bytes(self) -> int:
-        """Return 0 for an adapter that is switched off, else the bytes of the frozen adapter."""
-        return storage_bytes(self._frozen_adapter())
+    def held(self) -> list[Tensor]:
+        """Return the weights of the frozen adapter; none for one that is switched off."""
+        return [] if self.adapter is None else _weights_of(self.policy, self.adapter)
 
     def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Copy the policy's active adapter into the frozen one; only alpha = 1 is possible.
@@ -122,13 +121,8 @@ class AdapterReference(Reference):
         weights = get_peft_model_state_dict(policy)
         set_peft_model_state_dict(self.policy, weights, adapter_name=self.adapter)
 
-    def _frozen_adapter(self) -> list[Tensor]:
-        return [] if self.adapter is None else _weights_of(self.policy, self.adapter)
 
-
-def add_lora(
-    model: nn.Module, rank: int = 16, targets: str | list[str] = "all-linear", **options: Any
-) -> PeftModel:
+def add_lora(model: nn.Module, rank: int = 16, targets: str | list[str] = "all-linear", **options: Any) -> PeftModel:
     """Return `model` with a new LoRA adapter, the only part of it that trains (arXiv 2106.09685).
 
     The adapter starts as the identity (B = 0) and is scaled by alpha / rank with alpha = 2·rank unless

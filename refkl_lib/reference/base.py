@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from refkl_lib.kl.log_probs import token_log_probs
+from refkl_lib.tensors import storage_bytes
 
 
 class Reference(ABC):
@@ -33,8 +34,12 @@ class Reference(ABC):
         """Yield the reference's parameters and buffers, whole, named as in the original model."""
 
     @abstractmethod
+    def held(self) -> nn.Module | list[Tensor]:
+        """Return what this reference keeps beside the policy (on this rank)."""
+
     def owned_bytes(self) -> int:
         """Return the bytes of storage this reference adds beyond the policy's (on this rank)."""
+        return storage_bytes(self.held())
 
     @abstractmethod
     def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
@@ -55,16 +60,21 @@ class Reference(ABC):
         return token_log_probs(logits[:, :-1], input_ids[:, 1:])
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the names, shapes, dtypes and bytes of the reference's weights.
+        """Return the `fingerprint_of` this reference's weights.
 
         References kept in different ways have the same fingerprint if they hold the same model.
         """
-        digest = hashlib.sha256()
-        for name, weight in self.named_weights():
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            flat = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(flat.numpy().data)
-        return digest.hexdigest()
+        return fingerprint_of(self.named_weights())
+
+
+def fingerprint_of(named_weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over the names, shapes, dtypes and bytes of weights, in their order."""
+    digest = hashlib.sha256()
+    for name, weight in named_weights:
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager

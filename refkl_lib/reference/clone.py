@@ -36,6 +36,10 @@ class CloneReference(Reference):
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
 
+    def held(self) -> nn.Module:
+        """Return the copy."""
+        return self.model
+
     def owned_bytes(self) -> int:
         """Return the bytes of the copy, without the storages it shares with the policy."""
         return storage_bytes(self.model, beyond=self.policy)

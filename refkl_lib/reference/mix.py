@@ -1,5 +1,8 @@
 """Mixing: how weights move from one model to another."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -14,35 +17,48 @@ def check_alpha(alpha: float) -> None:
 
 
 @torch.no_grad()
-def mix_weights(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+def mix_weights(
+    reference: nn.Module,
+    policy: nn.Module,
+    alpha: float,
+    whole: Callable[[Tensor, Tensor], AbstractContextManager] = lambda *_: nullcontext(),
+) -> None:
     """Set every weight of `reference` to (1 - alpha)·reference + alpha·policy, in place.
 
-    Parameters and buffers take part; a buffer that is not floating point (a counter) is copied.
+    Parameters and buffers take part; a buffer that is not floating point (a counter) is copied. `whole` is
+    entered for each pair of weights: where models are partitioned, it gathers the two.
     Raises ValueError if alpha is not in [0, 1] or the two models do not have the same weights.
     """
     check_alpha(alpha)
     ours, theirs = _weights(reference), _weights(policy)
-    _check_same(ours, theirs)
+    _check_same_model(ours, theirs)
     for name, weight in ours.items():
-        source = theirs[name].to(weight.device, weight.dtype)
-        if weight.is_floating_point():
-            weight.lerp_(source, alpha)
-        else:
-            weight.copy_(source)
+        with whole(weight, theirs[name]):
+            _move(weight, theirs[name].to(weight.device, weight.dtype), alpha)
+
+
+def _move(weight: Tensor, towards: Tensor, alpha: float) -> None:
+    if weight.is_floating_point():
+        weight.lerp_(towards, alpha)
+    else:
+        weight.copy_(towards)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _check_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    differing = [
-        name
-        for name in sorted(ours.keys() | theirs.keys())
-        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
-    ]
+def _check_same_model(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    shapes = [{(name, _shape(weight)) for name, weight in weights.items()} for weights in (ours, theirs)]
+    differing = sorted({name for name, _ in shapes[0] ^ shapes[1]})
     if differing:
         raise ValueError(
             f"the policy and the reference are not the same model: they differ in {differing[0]!r} "
-            f"({len(differing)} weights in all). Sync a policy only into a reference made from it"
+            f"({len(differing)} weights in all). Sync a policy only into a reference made from it; merge "
+            "an adapter first"
         )
+
+
+def _shape(weight: Tensor) -> torch.Size:
+    # A ZeRO-3 partition is empty; DeepSpeed keeps the shape of the whole as `ds_shape`.
+    return getattr(weight, "ds_shape", weight.shape)

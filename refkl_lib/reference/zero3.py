@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from refkl_lib.models import load_model
 from refkl_lib.reference.base import Reference, evaluating
-from refkl_lib.reference.mix import check_alpha
-from refkl_lib.tensors import storage_bytes
+from refkl_lib.reference.mix import mix_weights
 
 Offload = Literal["none", "cpu", "nvme"]
 
@@ -50,8 +49,8 @@ class ZeRO3Reference(Reference):
     resized embeddings say, are not in it. `ds_config` is the job's own configuration, a dict or the path of a
     JSON file, or else the one that transformers holds (`HfDeepSpeedConfig`). `dtype` and `offload` (where the
     shards wait: "none" keeps them on the device) are the job's unless given.
-    Raises ImportError without deepspeed, RuntimeError outside of a distributed job, and ValueError for an
-    offload that is unknown or lacks its `nvme_path`.
+    Raises ImportError without deepspeed, RuntimeError outside of a distributed job or for "nvme" where DeepSpeed
+    cannot reach it, ValueError for an offload that is unknown or lacks its `nvme_path`, and as `load_model` does.
     """
 
     strategy = "zero3"
@@ -67,6 +66,7 @@ class ZeRO3Reference(Reference):
     ) -> None:
         deepspeed = _deepspeed_in_a_job()
         config = reference_config(_read(ds_config), dtype, offload, nvme_path)
+        _check_nvme(config)
         with _loading_partitioned(config):
             model = load_model(source, dtype=_dtype_of(config))
         _size_buckets(config, model.config.get_text_config().hidden_size)
@@ -85,27 +85,19 @@ class ZeRO3Reference(Reference):
             raise
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters, gathered one at a time, and the buffers; every rank has to come along."""
+        """Return the parameters, gathered one at a time, and the buffers; every rank has to come along."""
         return gathered_weights(self.engine.module)
 
-    def owned_bytes(self) -> int:
-        """Return the bytes that this rank holds: its shards and, after a pass, the small persistent weights."""
-        return storage_bytes(self.engine.module)
+    def held(self) -> nn.Module:
+        """Return the model: this rank's shards and, after a pass, the small persistent weights."""
+        return self.engine.module
 
-    @torch.no_grad()
     def sync(self, policy: nn.Module, alpha: float = 1.0) -> None:
         """Move every weight towards the policy's, one at a time; the policy may be an engine or a module.
 
         Raises ValueError if alpha is not in [0, 1] or the two models do not have the same weights.
         """
-        check_alpha(alpha)
-        ours, theirs = _weights(self.engine.module), _weights(getattr(policy, "module", policy))
-        _check_same(ours, theirs)
-        for name, weight in ours.items():
-            # On leaving, rank 0's result goes to all ranks and the shards are cut anew. A persistent weight
-            # gives up its full copy, too, and is gathered again by the next pass.
-            with _gathered(weight, modifier_rank=0), _gathered(theirs[name]):
-                _move(weight, theirs[name], alpha)
+        mix_weights(self.engine.module, getattr(policy, "module", policy), alpha, whole=_both_gathered)
 
 
 def gathered_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -199,6 +191,18 @@ def _deepspeed_in_a_job() -> ModuleType:
     return deepspeed
 
 
+def _check_nvme(config: dict[str, Any]) -> None:
+    if config["zero_optimization"].get("offload_param", {}).get("device") != "nvme":
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise RuntimeError(
+            'offload="nvme" needs DeepSpeed\'s async_io operator, which cannot be built here: install libaio '
+            '(on Debian and Ubuntu: apt install libaio-dev) and a C++ compiler, or use offload="cpu"'
+        )
+
+
 @contextmanager
 def _loading_partitioned(config: dict[str, Any]) -> Iterator[None]:
     """Make transformers load models as partitions for a block, then put back what the job had set."""
@@ -221,27 +225,10 @@ def _gathered(weight: Tensor, modifier_rank: int | None = None) -> Any:
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier_rank)
 
 
-def _move(weight: Tensor, towards: Tensor, alpha: float) -> None:
-    towards = towards.to(weight.device, weight.dtype)
-    if weight.is_floating_point():
-        weight.lerp_(towards, alpha)
-    else:
-        weight.copy_(towards)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _check_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    shapes = [{name: _whole_shape(w) for name, w in weights.items()} for weights in (ours, theirs)]
-    differing = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
-    if differing:
-        raise ValueError(
-            f"the policy and the reference are not the same model: they differ in {differing[0]!r}. "
-            "A policy with adapters has to be merged, or kept in a frozen adapter reference"
-        )
-
-
-def _whole_shape(weight: Tensor) -> torch.Size:
-    return getattr(weight, "ds_shape", weight.shape)
+@contextmanager
+def _both_gathered(weight: Tensor, policys: Tensor) -> Iterator[None]:
+    """Gather a weight of the reference, to be changed, and the policy's."""
+    # On leaving, rank 0's result goes to all ranks and the shards are cut anew. A persistent weight gives up
+    # its full copy, too, and is gathered again by the next pass.
+    with _gathered(weight, modifier_rank=0), _gathered(policys):
+        yield

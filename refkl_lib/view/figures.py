@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from refkl_lib.comparison import StrategyRun
+from refkl_lib.memory.ledger import OWNERS
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.panel import OWNER_STYLES
 
@@ -41,13 +42,14 @@ def runs_figure(runs: Sequence[StrategyRun]) -> Figure:
     """Return one bar for each run: bytes by owner at the peak, with its KL and its time written beside."""
     figure = Figure(figsize=(8.2, 1.5 + 0.46 * max(len(runs), 1)), layout="constrained")
     axes = figure.add_subplot()
+    owners = [owner for owner in OWNERS if any(run.owners[owner] for run in runs)]
     for row, run in enumerate(runs):
-        _bar(axes, row, run)
+        _bar(axes, row, run, owners)
     axes.set_yticks(range(len(runs)), [run.name for run in runs])
     axes.invert_yaxis()
     axes.set_xlabel("MiB at the peak of a training step, by owner")
     widest = max((run.peak for run in runs), default=MIB) / MIB
-    axes.set_xlim(0, widest * 1.42)
+    axes.set_xlim(0, widest * 1.5)
     if runs:
         _legend(axes)
     else:
@@ -56,16 +58,15 @@ def runs_figure(runs: Sequence[StrategyRun]) -> Figure:
     return figure
 
 
-def _bar(axes: Axes, row: int, run: StrategyRun) -> None:
+def _bar(axes: Axes, row: int, run: StrategyRun, owners: Sequence[str]) -> None:
     left = 0.0
-    for owner, count in run.owners.items():
-        color, hatch = OWNER_STYLES.get(owner, OTHER)
+    for owner in owners:
+        count = run.owners[owner]
+        color, hatch = OWNER_STYLES[owner]
         label = owner if row == 0 else None
-        axes.barh(
-            row, count / MIB, left=left, height=0.62, color=color, hatch=hatch, edgecolor="white", label=label
-        )
+        axes.barh(row, count / MIB, left=left, height=0.62, color=color, hatch=hatch, edgecolor="white", label=label)
         left += count / MIB
-    text = f"{show_bytes(run.peak)}   KL {run.kl[-1]:.4f}   {run.step_seconds:.1f} s a step"
+    text = f"{show_bytes(run.peak)}   KL {run.kl[-1]:.3f}   {run.step_seconds:.1f} s a step"
     axes.annotate(text, (left, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 

@@ -64,8 +64,6 @@ def _head(axes: Axes, x: float, title: str, line: str) -> None:
 def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, owner: str | None) -> None:
     color = OWNER_STYLES[owner][0] if owner else "#555555"
     style = "round,pad=0,rounding_size=0.06"
-    box = FancyBboxPatch(
-        (x, y), width, height, boxstyle=style, facecolor=color + "22", edgecolor=color, linewidth=1.5
-    )
+    box = FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=color + "22", edgecolor=color, linewidth=1.5)
     axes.add_patch(box)
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9.5)

@@ -19,10 +19,10 @@ from refkl_lib.memory.ledger import MemoryLedger, Thing
 from refkl_lib.memory.meters import Meter, read_meter
 from refkl_lib.units import show_bytes
 from refkl_lib.view.figures import OTHER, timeline_figure
-from refkl_lib.view.panel import OWNER_STYLES, Panel, Picture
+from refkl_lib.view.panel import OWNER_STYLES, MimeBundle, static_face
 
 
-class MemoryPanel(Panel):
+class MemoryPanel:
     """A readout that is live inside its `with` block and leaves a picture behind.
 
     It holds a `MemoryLedger` (`panel.ledger`), which it enters and leaves with the block. The readout is
@@ -46,6 +46,9 @@ class MemoryPanel(Panel):
         """Return the timeline by owner up to now, with the peak broken down."""
         return timeline_figure(self.ledger.timeline, self.ledger.peak())
 
+    def _repr_mimebundle_(self, **_: object) -> MimeBundle:
+        return static_face(self.figure(), self.alt)
+
     def __enter__(self) -> Self:
         # Displayed empty and filled afterwards: the stored output then holds no number that varies.
         display(_Live(self.widget))
@@ -58,7 +61,7 @@ class MemoryPanel(Panel):
         self._sampler.join()
         self.ledger.__exit__(*exception)
         self.widget.close()
-        display(Picture(self.figure(), self.alt))
+        display(self)
 
     def _sample(self) -> None:
         while not self._stop.wait(self._pause):

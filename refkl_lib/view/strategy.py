@@ -8,6 +8,7 @@ import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from refkl_lib.comparison import StrategyRun, run_strategy
+from refkl_lib.ranks.events import describe
 from refkl_lib.reference import STRATEGIES
 from refkl_lib.units import show_bytes
 from refkl_lib.view.figures import runs_figure
@@ -66,7 +67,7 @@ class StrategyPanel(Panel):
         return runs_figure(self.runs)
 
     def _tell(self, event: dict[str, Any]) -> None:
-        self._show(f"rank {event['rank']}: {event['event']}")
+        self._show(describe(event))
 
     def _show(self, text: str, kind: str = "status") -> None:
         self.status.value = message(text, kind)
@@ -76,9 +77,7 @@ class StrategyPanel(Panel):
         self.picture.value = image_html(self.figure(), self.alt)
 
     def _layout(self) -> widgets.VBox:
-        choices = widgets.HBox(
-            [self.lora_rank, self.batch, self.seq], layout=widgets.Layout(flex_flow="row wrap")
-        )
+        choices = widgets.HBox([self.lora_rank, self.batch, self.seq], layout=widgets.Layout(flex_flow="row wrap"))
         return widgets.VBox(
             [self.strategy, choices, widgets.HBox([self.button, self.status]), self.picture, self.table],
             layout=widgets.Layout(max_width="960px"),
@@ -103,7 +102,7 @@ def _row(run: StrategyRun) -> tuple[str, ...]:
         f"{run.batch} × {run.seq}",
         show_bytes(run.reference_bytes),
         show_bytes(run.peak),
-        ", ".join(f"{kl:.4f}" for kl in run.kl),
+        ", ".join(f"{kl:.3f}" for kl in run.kl),
         f"{run.step_seconds:.2f} s",
         f"{run.reference_seconds:.2f} s",
     )
