@@ -175,6 +175,12 @@ def test_what_has_no_adapter_is_refused(base, policy):
         create_reference(add_lora(load_model("pocket")), "adapter", adapter="ref")
 
 
+def test_a_second_adapter_is_refused(policy, base):
+    for model in (policy, base):  # the model was wrapped in place
+        with pytest.raises(ValueError, match="carries an adapter already"):
+            add_lora(model)
+
+
 # The ways to go wrong
 
 

@@ -29,8 +29,13 @@ def read_event(line: str) -> Event | None:
 
 
 def describe(event: Event) -> str:
-    """Return one line for people: "rank 1: step 2, KL 0.1959, 3.4 s"."""
+    """Return one line for people: "rank 1: step 2, KL 0.196, 3.4 s"."""
     line = f"rank {event['rank']}: {event['event']}"
     if event["event"] == "step":
-        line += f" {event['step']}, KL {event['kl']:.4f}, {event['seconds']:.1f} s"
+        line += f" {event['step']}, KL {event['kl']:.3f}, {event['seconds']:.1f} s"
     return line
+
+
+def print_event(event: Event) -> None:
+    """Print one line for people at once; for `launch_zero3(on_event=print_event)`."""
+    print(describe(event), flush=True)

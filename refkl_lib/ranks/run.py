@@ -63,7 +63,7 @@ class ZeRO3Run:
 def _line(report: RankReport) -> str:
     held = (report.policy_bytes, report.reference_bytes, report.gradient_bytes, report.optimizer_bytes)
     columns = [f"{show_bytes(count):>12}" for count in (*held, sum(report.peak.values()))]
-    return f"{report.rank:<6}{''.join(columns)}   {', '.join(f'{kl:.4f}' for kl in report.kl)}"
+    return f"{report.rank:<6}{''.join(columns)}   {', '.join(f'{kl:.3f}' for kl in report.kl)}"
 
 
 def put_together(settings: dict[str, Any], events: Sequence[Event], started: float, command: str, log: str) -> ZeRO3Run:

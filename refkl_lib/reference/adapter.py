@@ -127,7 +127,13 @@ def add_lora(model: nn.Module, rank: int = 16, targets: str | list[str] = "all-l
 
     The adapter starts as the identity (B = 0) and is scaled by alpha / rank with alpha = 2·rank unless
     `options`, which go to `peft.LoraConfig`, say otherwise. The model is wrapped in place, not copied.
+    Raises ValueError if the model carries an adapter already, or as `peft` does for a rank below 1.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "this model carries an adapter already, and a second one would train beside it: load the model "
+            "again with load_model, or go on with the policy that the first add_lora returned"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

@@ -47,10 +47,14 @@ class Panel:
 
 
 def static_face(figure: Figure, alt: str) -> MimeBundle:
-    """Return a figure as notebook output: a PNG with `alt` as its text."""
+    """Return a figure as notebook output, with `alt` as its text.
+
+    It is there twice: JupyterLab and exported pages take the HTML, which has the text for screen readers; GitHub
+    takes the PNG. The plain text never changes with the numbers, so an output can be compared with a stored one.
+    """
     picture = base64.b64encode(png(figure)).decode()
-    # The text never changes with the numbers, so that an output can be compared with a stored one.
-    return {"image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
+    data = {"text/html": _img(picture, alt), "image/png": picture, "text/plain": alt}
+    return data, {"image/png": {"alt": alt}}
 
 
 class Picture:
@@ -73,7 +77,10 @@ def png(figure: Figure) -> bytes:
 
 def image_html(figure: Figure, alt: str) -> str:
     """Return a figure as an HTML image; unlike `widgets.Image` it has a text for screen readers."""
-    picture = base64.b64encode(png(figure)).decode()
+    return _img(base64.b64encode(png(figure)).decode(), alt)
+
+
+def _img(picture: str, alt: str) -> str:
     return f'<img src="data:image/png;base64,{picture}" alt="{escape(alt)}" style="max-width:100%">'
 
 

@@ -15,6 +15,7 @@ from refkl_lib.view.figures import runs_figure
 from refkl_lib.view.panel import Panel, button, image_html, message
 
 RANKS = [("4", 4), ("8", 8), ("16", 16), ("32", 32), ("none: train all weights", None)]
+LABEL = {"description_width": "76px"}
 HEADER = ("run", "batch × seq", "reference holds", "peak", "KL at each step", "step", "reference's pass")
 
 
@@ -31,11 +32,11 @@ class StrategyPanel(Panel):
         self.model = model
         self.runs = list(runs)
         self.strategy = widgets.ToggleButtons(
-            options=STRATEGIES, description="strategy", style={"button_width": "84px"}
+            options=STRATEGIES, description="strategy", style={"button_width": "90px", **LABEL}
         )
-        self.lora_rank = widgets.Dropdown(options=RANKS, value=8, description="LoRA rank")
-        self.batch = widgets.Dropdown(options=[1, 2, 4], value=1, description="batch")
-        self.seq = widgets.Dropdown(options=[32, 64, 128, 256], value=64, description="sequence")
+        self.lora_rank = dropdown("LoRA rank", RANKS, 8, "270px")
+        self.batch = dropdown("batch", [1, 2, 4], 1, "140px")
+        self.seq = dropdown("sequence", [32, 64, 128, 256], 64, "160px")
         self.status = widgets.HTML()
         self.table = widgets.HTML()
         self.picture = widgets.HTML()
@@ -77,11 +78,24 @@ class StrategyPanel(Panel):
         self.picture.value = image_html(self.figure(), self.alt)
 
     def _layout(self) -> widgets.VBox:
-        choices = widgets.HBox([self.lora_rank, self.batch, self.seq], layout=widgets.Layout(flex_flow="row wrap"))
+        choices = [self.lora_rank, self.batch, self.seq]
         return widgets.VBox(
-            [self.strategy, choices, widgets.HBox([self.button, self.status]), self.picture, self.table],
+            [
+                self.strategy,
+                widgets.HBox(choices, layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 24px")),
+                widgets.HBox([self.button, self.status], layout=widgets.Layout(align_items="center", grid_gap="12px")),
+                self.picture,
+                self.table,
+            ],
             layout=widgets.Layout(max_width="960px"),
         )
+
+
+def dropdown(label: str, options: Sequence[Any], value: Any, width: str) -> widgets.Dropdown:
+    """Return a labelled choice of one of `options`."""
+    return widgets.Dropdown(
+        options=options, value=value, description=label, style=LABEL, layout=widgets.Layout(width=width)
+    )
 
 
 def runs_html(runs: Sequence[StrategyRun]) -> str:
