@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from refkl_lib import (
     AdapterReference,
@@ -166,6 +167,21 @@ def test_a_frozen_adapter_owns_its_bytes_and_follows_by_replacement(policy, batc
 def test_the_bare_base_cannot_follow_and_says_why(policy):
     with pytest.raises(ValueError, match=r"own base model.*copy_adapter"):
         AdapterReference(policy).sync(policy)
+
+
+def test_prompt_tuning_has_nothing_to_switch(base):
+    policy = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(TypeError, match=r"PROMPT_TUNING.*no layers"):
+        AdapterReference(policy)
+
+
+def test_a_copy_leaves_every_flag_as_it_was(policy):
+    unusual(policy)
+    before = {name: weight.requires_grad for name, weight in policy.named_parameters()}
+    copy_adapter(policy, "ref")
+    after = {name: weight.requires_grad for name, weight in policy.named_parameters()}
+    assert {name: after[name] for name in before} == before
+    assert not any(flag for name, flag in after.items() if ".ref." in name)
 
 
 def test_what_has_no_adapter_is_refused(base, policy):

@@ -3,6 +3,17 @@
 import pytest
 import torch
 
+from refkl_lib import (
+    AdapterReference,
+    CloneReference,
+    StrategyRun,
+    add_lora,
+    launch_zero3,
+    policy_loss,
+    run_strategy,
+    sample_batch,
+    storage_bytes,
+)
 from refkl_lib.models import load_model, load_tokenizer, model_origin
 
 
@@ -47,3 +58,72 @@ def test_its_special_tokens(model, tokenizer):
 )
 def test_its_tokenizer_gives_texts_back(tokenizer, text):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+# References of the real model
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return launch_zero3(2, "smollm2", lora_rank=8, seq=32)
+
+
+@pytest.fixture(scope="module")
+def runs(ranks):
+    """The same three steps under each strategy; zero3 in two real ranks."""
+    here = {strategy: run_strategy(strategy, lora_rank=8, seq=32) for strategy in ("clone", "adapter")}
+    return here | {"zero3": StrategyRun.from_ranks(ranks)}
+
+
+def test_three_strategies_give_one_kl(runs):
+    clone, adapter, zero3 = (runs[strategy].kl for strategy in ("clone", "adapter", "zero3"))
+    assert clone == adapter, "bit for bit"
+    assert zero3 == pytest.approx(clone, rel=1e-2, abs=1e-6), "up to the rounding that AdamW's first steps amplify"
+    assert clone[0] == zero3[0] == 0.0
+    assert 0.01 < clone[1] < clone[2]
+
+
+def test_three_strategies_send_three_bills(runs, model):
+    whole = storage_bytes(model)
+    assert runs["clone"].reference_bytes == whole
+    assert runs["adapter"].reference_bytes == 0
+    assert whole / 2 <= runs["zero3"].reference_bytes < whole / 2 + 2**20
+    assert runs["clone"].peak - runs["adapter"].peak == whole
+    assert runs["zero3"].owners["policy"] < runs["adapter"].owners["policy"] * 0.51
+
+
+def test_ranks_hold_the_same_reference_and_get_the_same_log_probs(ranks, model):
+    clone = CloneReference(model)
+    log_probs = clone.log_probs(**sample_batch("smollm2", batch=1, seq=32))
+    for report in ranks.ranks:
+        assert report.reference_fingerprint == report.reference_fingerprint_before == clone.fingerprint()
+        # At step 0 the KL is 0, and the loss is the cross-entropy alone.
+        assert report.loss[0] == pytest.approx(-log_probs.mean().item(), rel=1e-5)
+
+
+def test_log_probs_of_clone_and_adapter_are_equal_and_the_reference_never_moves():
+    policy = load_model("smollm2")
+    clone = CloneReference(policy)
+    policy = add_lora(policy, rank=8)
+    adapter = AdapterReference(policy)
+    batch = sample_batch("smollm2", batch=1, seq=32)
+    log_probs, fingerprint = clone.log_probs(**batch), clone.fingerprint()
+    assert torch.equal(adapter.log_probs(**batch), log_probs)
+    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad], lr=1e-3)
+    for _ in range(10):
+        loss, kl = policy_loss(policy, adapter, batch, beta=0.1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert kl > 0.1
+    assert clone.fingerprint() == adapter.fingerprint() == fingerprint
+    assert torch.equal(adapter.log_probs(**batch), clone.log_probs(**batch))
+    assert torch.equal(clone.log_probs(**batch), log_probs)
+
+
+def test_shared_layers_save_their_share(model):
+    """A third of the layers and the embeddings shared: 1.53 times the weights instead of twice."""
+    policy = load_model("smollm2")
+    reference = CloneReference(policy, num_shared_layers=10)
+    total = storage_bytes(policy) + reference.owned_bytes()
+    assert total / storage_bytes(model) == pytest.approx(1.53, abs=0.01)

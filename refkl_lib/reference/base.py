@@ -80,11 +80,12 @@ def fingerprint_of(named_weights: Iterable[tuple[str, Tensor]]) -> str:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Put every submodule in evaluation mode for a block; each gets its own mode back afterwards."""
+    # Not model.eval() and model.train(): some submodules may have been in evaluation mode on purpose.
     were_training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in were_training:
+        module.training = False
     try:
         yield model
     finally:
-        # Not model.train(): some submodules may have been in evaluation mode on purpose.
         for module in were_training:
             module.training = True

@@ -78,8 +78,7 @@ def verify_reference(
     fingerprint = reference.fingerprint()
     if since is not None and fingerprint != since.fingerprint:
         findings.append("its weights have changed since the earlier report")
-    findings += _trains(reference)
-    findings += _shares_what_trains(policy, reference)
+    findings += _trains(policy, reference)
     findings += _passes(policy, reference, batch)
     return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings))
 
@@ -109,19 +108,12 @@ def _parity(policy: nn.Module, difference: float) -> Iterator[str]:
         )
 
 
-def _trains(reference: Reference) -> Iterator[str]:
-    # An adapter that is switched off does not require grad inside the block; a base weight that was
-    # unfrozen does.
-    with reference.as_reference() as model:
-        training = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    if training:
-        yield f"{training[0]!r} requires grad ({len(training)} of its parameters do)"
-
-
-def _shares_what_trains(policy: nn.Module, reference: Reference) -> Iterator[str]:
-    training = {_storage(w) for w in policy.parameters() if w.requires_grad and w.numel()}
-    shared = [name for name, weight in reference.named_weights() if _storage(weight) in training]
-    if shared:
+def _trains(policy: nn.Module, reference: Reference) -> Iterator[str]:
+    storages = {_storage(weight) for weight in policy.parameters() if weight.requires_grad and weight.numel()}
+    named = [(name, weight.requires_grad, _storage(weight)) for name, weight in reference.named_weights()]
+    if training := [name for name, requires_grad, _ in named if requires_grad]:
+        yield f"{training[0]!r} requires grad ({len(training)} of its weights do)"
+    if shared := [name for name, _, storage in named if storage in storages]:
         yield f"{shared[0]!r} shares storage with a policy weight that trains ({len(shared)} in all)"
 
 

@@ -104,7 +104,7 @@ def gathered_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a partitioned module's parameters, gathered one at a time, and its buffers; on every rank."""
     for name, parameter in module.named_parameters():
         with _gathered(parameter):
-            yield name, parameter.detach()
+            yield name, parameter
     yield from module.named_buffers()
 
 

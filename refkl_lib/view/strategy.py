@@ -32,7 +32,10 @@ class StrategyPanel(Panel):
         self.model = model
         self.runs = list(runs)
         self.strategy = widgets.ToggleButtons(
-            options=STRATEGIES, description="strategy", style={"button_width": "90px", **LABEL}
+            options=STRATEGIES,
+            description="strategy",
+            style={"button_width": "90px", **LABEL},
+            layout=widgets.Layout(width="auto"),
         )
         self.lora_rank = dropdown("LoRA rank", RANKS, 8, "270px")
         self.batch = dropdown("batch", [1, 2, 4], 1, "140px")
