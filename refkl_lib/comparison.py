@@ -6,7 +6,7 @@ run.owners    # bytes by owner at the peak: not the same
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -14,13 +14,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from refkl_lib.memory.ledger import MemoryLedger
+from refkl_lib.memory.ledger import OWNERS, MemoryLedger
 from refkl_lib.models import load_model
 from refkl_lib.ranks.launch import ZeRO3Run, launch_zero3
 from refkl_lib.reference import STRATEGIES, Reference, create_reference
 from refkl_lib.reference.adapter import add_lora
 from refkl_lib.step import TimedReference, policy_loss
 from refkl_lib.text import sample_batch
+from refkl_lib.units import show_bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ class StrategyRun:
         trains = "all weights" if self.lora_rank is None else f"LoRA {self.lora_rank}"
         where = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
         return f"{self.strategy}, {trains}{where}"
+
+
+def bill_table(runs: Sequence[StrategyRun]) -> str:
+    """Return a text table of runs: bytes by owner at the peak, the last step's KL in nats per token, seconds a step."""
+    columns = [*OWNERS, "peak", "KL", "step"]
+    lines = [["", *columns], *([run.name, *_cells(run)] for run in runs)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns) + 1)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def _cells(run: StrategyRun) -> list[str]:
+    held = [show_bytes(run.owners[owner]) for owner in OWNERS]
+    return [*held, show_bytes(run.peak), f"{run.kl[-1]:.3f}", f"{run.step_seconds:.1f} s"]
 
 
 def run_strategy(

@@ -157,7 +157,7 @@ def test_it_shows_as_a_table(full: ZeRO3Run) -> None:
     assert head.split()[:6] == ["rank", "policy", "reference", "gradients", "optimizer", "peak"]
     assert [line.split()[0] for line in lines] == ["0", "1"]
     assert "2.9 MiB" in lines[0]
-    assert f"{full.kl[2]:.4f}" in lines[0]
+    assert f"{full.kl[2]:.3f}" in lines[0]
 
 
 def test_nothing_is_printed_but_the_log_has_it(full: ZeRO3Run, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from refkl_lib import MemoryPanel, StrategyPanel, load_model
-from refkl_lib.comparison import StrategyRun, run_strategy
+from refkl_lib.comparison import StrategyRun, bill_table, run_strategy
 from refkl_lib.tensors import storage_bytes
 from refkl_lib.view.figures import runs_figure, timeline_figure
 from refkl_lib.view.mechanisms import three_ways
@@ -176,6 +176,14 @@ def test_table_has_every_number_of_a_run():
 
 
 # run_strategy
+
+
+def test_the_bills_are_a_table_with_a_line_for_each_run():
+    head, line = bill_table([CLONE]).splitlines()
+    assert head.split() == ["policy", "reference", "gradients", "optimizer", "activations", "peak", "KL", "step"]
+    held = ["500.0", "MiB", "513.0", "MiB", "0.0", "MiB", "0.0", "MiB", "1.0", "MiB", "1014.0", "MiB"]
+    assert line.removeprefix("clone, LoRA 8").split() == [*held, "0.050", "1.2", "s"]
+    assert len(head) == len(line)
 
 
 def test_strategies_agree_on_the_kl_and_differ_in_the_bill():
