@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
+from training import train
 
 from refkl_lib import (
     AdapterReference,
@@ -35,17 +36,6 @@ def policy(base):
     return add_lora(base, rank=4)
 
 
-def train(policy, reference, batch, steps=3):
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    for _ in range(steps):
-        loss, kl = policy_loss(policy, reference, batch, beta=0.1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return kl.item()
-
-
 def state(policy):
     return (
         policy.active_adapter,
@@ -63,7 +53,7 @@ def test_off_is_the_base_model_bit_for_bit_before_and_after_training(base, batch
     policy = add_lora(base, rank=4)
     reference = AdapterReference(policy)
     assert torch.equal(reference.logits(**batch), clone.logits(**batch))
-    assert train(policy, reference, batch) > 0.01
+    assert train(policy, reference, batch, steps=3)[-1] > 0.01
     assert torch.equal(reference.logits(**batch), clone.logits(**batch))
     assert not torch.equal(policy(**batch).logits, clone.logits(**batch))
     assert reference.owned_bytes() == 0
@@ -78,7 +68,7 @@ def test_clone_and_adapter_have_one_fingerprint(base):
 def test_fingerprint_changes_with_the_base_and_not_with_the_adapter(policy, batch):
     reference = AdapterReference(policy)
     before = reference.fingerprint()
-    train(policy, reference, batch)
+    train(policy, reference, batch, steps=3)
     assert reference.fingerprint() == before
     policy.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.data[0, 0] += 1
     assert reference.fingerprint() != before
@@ -123,7 +113,7 @@ def test_a_pass_inside_disable_adapter_leaves_it_disabled(policy, batch):
 
 
 def test_a_frozen_adapter_is_switched_to_and_back(policy, batch):
-    train(policy, AdapterReference(policy), batch)
+    train(policy, AdapterReference(policy), batch, steps=3)
     before_copy = policy(**batch).logits.detach()
     copy_adapter(policy, "ref")
     reference = AdapterReference(policy, adapter="ref")
@@ -135,7 +125,7 @@ def test_a_frozen_adapter_is_switched_to_and_back(policy, batch):
         reference.logits(input_ids=torch.tensor([[10**6]]))
     assert state(policy) == before
     policy.eval()
-    assert train(policy, reference, batch) > 0
+    assert train(policy, reference, batch, steps=3)[-1] > 0
     assert torch.equal(reference.logits(**batch), before_copy)
 
 
@@ -156,7 +146,7 @@ def test_a_frozen_adapter_owns_its_bytes_and_follows_by_replacement(policy, batc
     reference = AdapterReference(policy, adapter="ref")
     adapter = [w for n, w in policy.named_parameters() if ".default." in n]
     assert reference.owned_bytes() == sum(4 * weight.numel() for weight in adapter)
-    train(policy, reference, batch)
+    train(policy, reference, batch, steps=3)
     reference.sync(policy)
     policy.eval()
     assert torch.equal(reference.logits(**batch), policy(**batch).logits)
@@ -238,7 +228,7 @@ def test_modules_to_save_give_the_base_back(base, batch):
     original = CloneReference(base)
     policy = add_lora(base, rank=4, modules_to_save=["lm_head"])
     reference = AdapterReference(policy)
-    train(policy, reference, batch)
+    train(policy, reference, batch, steps=3)
     assert torch.equal(reference.logits(**batch), original.logits(**batch))
 
 
@@ -285,7 +275,7 @@ def test_a_merged_bfloat16_base_comes_back_only_to_rounding(batch):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(policy, batch, reentrant):
     reference = AdapterReference(policy)
-    train(policy, reference, batch)
+    train(policy, reference, batch, steps=3)
     policy.train()
 
     def gradients():
@@ -319,6 +309,6 @@ def test_lora_dropout_never_reaches_the_reference(base, batch):
 
 def test_training_with_the_reference_updates_the_adapter_alone(policy, batch):
     before = copy.deepcopy(dict(policy.named_parameters()))
-    train(policy, AdapterReference(policy), batch)
+    train(policy, AdapterReference(policy), batch, steps=3)
     changed = {n for n, weight in policy.named_parameters() if not torch.equal(weight, before[n])}
     assert changed == {n for n in before if "lora_" in n}

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from training import train
 
 from refkl_lib.models import load_model
 from refkl_lib.ranks import launch
@@ -23,7 +24,6 @@ from refkl_lib.ranks.events import read_event
 from refkl_lib.ranks.launch import RankError, ZeRO3Run, launch_zero3
 from refkl_lib.reference.adapter import add_lora
 from refkl_lib.reference.clone import CloneReference
-from refkl_lib.step import policy_loss
 from refkl_lib.text import sample_batch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="real ranks need Linux")
@@ -79,15 +79,7 @@ def kl_of_one_process(steps: int, lora_rank: int | None, batch: int, seq: int) -
     if lora_rank is not None:
         torch.manual_seed(0)
         policy = add_lora(policy, lora_rank)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    curve = []
-    for _ in range(steps):
-        loss, kl = policy_loss(policy, reference, sample_batch("pocket", batch, seq), beta=0.1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(kl.item())
-    return curve
+    return train(policy, reference, sample_batch("pocket", batch, seq), steps, learning_rate=1e-3)
 
 
 # What a job shows

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from training import train
 
 from refkl_lib import (
     CloneReference,
     add_lora,
     create_reference,
     load_model,
-    policy_loss,
     sample_batch,
     verify_reference,
 )
@@ -22,12 +22,6 @@ def batch():
 @pytest.fixture
 def policy():
     return load_model("pocket")
-
-
-def one_step(policy, reference, batch):
-    optimizer = torch.optim.AdamW([w for w in policy.parameters() if w.requires_grad], lr=1e-2)
-    policy_loss(policy, reference, batch, beta=0.1)[0].backward()
-    optimizer.step()
 
 
 def only_finding(policy, reference, batch, **options):
@@ -48,7 +42,7 @@ def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
     before = verify_reference(policy, reference, batch)
     before.raise_for_findings()
     assert (before.kl, before.max_log_prob_difference) == (0.0, 0.0)
-    one_step(policy, reference, batch)
+    train(policy, reference, batch)
     after = verify_reference(policy, reference, batch, since=before)
     after.raise_for_findings()
     assert after.kl > 0
@@ -58,7 +52,7 @@ def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
 
 def test_a_model_that_training_did_not_start_from(policy, batch):
     reference = create_reference(policy, "clone")
-    one_step(policy, reference, batch)
+    train(policy, reference, batch)
     assert "not the model that training starts from" in only_finding(policy, reference, batch)
 
 
