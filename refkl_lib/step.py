@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refkl_lib.kl.exact import GivesLogits, exact_kl
+from refkl_lib.kl.divergence import GivesLogits
+from refkl_lib.kl.exact import exact_kl
 
 
 def policy_loss(policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float) -> tuple[Tensor, Tensor]:

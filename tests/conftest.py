@@ -1,6 +1,8 @@
 """What all tests share: the same environment variables everywhere, and no test that is skipped unseen."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from unittest import mock
 
@@ -23,6 +25,12 @@ LAUNCHER = [
 def pytest_configure() -> None:
     for name in LAUNCHER:
         os.environ.pop(name, None)
+    # A learner's own progress is not for tests, nor for the kernels that run the notebooks.
+    os.environ["REFKL_DATA"] = tempfile.mkdtemp(prefix="refkl-")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["REFKL_DATA"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,23 +2,20 @@
 
     KL(p‖q) = Σ_v p(v)·(log p(v) - log q(v))
 
+    ∂KL/∂p_logits(v) = p(v)·(log p(v) - log q(v) - KL)        ∂KL/∂q_logits(v) = q(v) - p(v)
+
 The first argument is the distribution that the expectation is taken over: KL(policy‖reference) is what a
 fine-tuning penalty means. `torch.nn.functional.kl_div(input, target)` has it the other way round.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from refkl_lib.kl.reduce import Reduction, reduce_tokens
-
-
-class GivesLogits(Protocol):
-    """What a KL needs of a reference, however that is kept."""
-
-    def logits(self, **inputs: Any) -> Tensor:
-        """Return logits (B, T, V) without a gradient."""
+from refkl_lib.kl.chunks import Rows, chunk_of_logits, chunks_of, log_softmax_, widened
+from refkl_lib.kl.reduce import Reduction, check_mask, reduce_tokens
 
 
 def exact_kl(
@@ -31,40 +28,69 @@ def exact_kl(
 
     `mask` (B, T) is 1 for the tokens that count. `reduction`: "mean" over the counted tokens, "sequence"
     (a sum for each, (B,)), "sum", or "none" (B, T). Half-precision logits are widened to float32 first.
-    A token that both masked to -inf adds nothing; one that only q excludes makes the KL infinite.
+    A word that both masked to -inf adds nothing; one that only q excludes makes the KL infinite, and its gradient
+    has no value. Beyond the gradients it takes the memory of a few tokens' logits; `linear_kl` spares those as well.
     Raises ValueError if shapes or vocabularies differ, the mask is empty, or a counted KL is NaN.
     """
     _check_shapes(p_logits, q_logits)
-    log_p, log_q = _log_softmax(p_logits), _log_softmax(q_logits)
-    # 0·log 0 = 0, also where log p is -inf; masked before the product so that no NaN reaches a gradient.
-    log_ratio = (log_p - log_q).masked_fill(log_p == -torch.inf, 0.0)
-    return reduce_tokens((log_p.exp() * log_ratio).sum(-1), mask, reduction)
+    counts = check_mask(torch.zeros(p_logits.shape[:-1], device=p_logits.device), mask)
+    return reduce_tokens(_TokenKL.apply(p_logits, q_logits, counts), mask, reduction)
 
 
-def compute_kl_divergence(
-    policy: nn.Module,
-    reference: GivesLogits,
-    inputs: dict[str, Any],
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """Return KL(policy‖reference) in nats on `inputs`, with a gradient to the policy alone.
+def kl_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p and p·(log p - log q), whose sum is the KL, in the memory of `log_p` and `log_q`."""
+    impossible = log_p == -torch.inf
+    # 0·log 0 = 0: -inf - (-inf) would be NaN, and so would 0 times the -inf that is left.
+    terms = torch.sub(log_p, log_q, out=log_q).masked_fill_(impossible, 0.0)
+    p = log_p.exp_()
+    return p, terms.mul_(p)
 
-    Every position of `inputs["attention_mask"]` counts (all of them without one): the value at a position
-    compares what the two models expect *after* that token. Reduction and errors are `exact_kl`'s.
-    """
-    policy_logits = policy(**{"use_cache": False} | inputs).logits
-    reference_logits = reference.logits(**inputs)
-    return exact_kl(policy_logits, reference_logits, inputs.get("attention_mask"), reduction)
+
+def kl_slope(p: Tensor, terms: Tensor, kl: Tensor) -> Tensor:
+    """Return ∂KL/∂p_logits = p·(log p - log q) - p·KL, in the memory of `terms`."""
+    return terms.addcmul_(p, kl.unsqueeze(-1), value=-1)
+
+
+class _TokenKL(torch.autograd.Function):
+    """The KL of each token that counts, 0 for the others; for the backward pass only the logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(p_logits, q_logits, counts)
+        dtype = widened(p_logits.dtype, q_logits.dtype)
+        values = torch.zeros(counts.shape, dtype=dtype, device=p_logits.device)
+        for rows in chunks_of(counts, chunk_of_logits(p_logits)):
+            values[rows] = kl_terms(*_log_probs(p_logits, q_logits, rows))[1].sum(-1)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        p_logits, q_logits, counts = ctx.saved_tensors
+        p_grad, q_grad = (
+            torch.zeros_like(logits) if needed else None
+            for logits, needed in zip((p_logits, q_logits), ctx.needs_input_grad, strict=False)
+        )
+        for rows in chunks_of(counts, chunk_of_logits(p_logits)):
+            log_p, log_q = _log_probs(p_logits, q_logits, rows)
+            scale = grad[rows].unsqueeze(-1)
+            if q_grad is not None:
+                q_grad[rows] = log_q.exp().sub_(log_p.exp()).mul_(scale).to(q_grad.dtype)
+            if p_grad is not None:
+                p, terms = kl_terms(log_p, log_q)
+                p_grad[rows] = kl_slope(p, terms, terms.sum(-1)).mul_(scale).to(p_grad.dtype)
+        return p_grad, q_grad, None
+
+
+def _log_probs(p_logits: Tensor, q_logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    dtype = widened(p_logits.dtype, q_logits.dtype)
+    return log_softmax_(p_logits[rows], dtype), log_softmax_(q_logits[rows], dtype)
 
 
 def _check_shapes(p_logits: Tensor, q_logits: Tensor) -> None:
     if p_logits.dim() != 3:
         raise ValueError(f"logits must be (B, T, V), but p_logits is {tuple(p_logits.shape)}")
-    if p_logits.shape[-1] != q_logits.shape[-1]:
-        raise ValueError(
-            f"p has a vocabulary of {p_logits.shape[-1]} and q of {q_logits.shape[-1]}: a KL needs one. "
-            "Were the embeddings resized after the reference was loaded?"
-        )
+    check_vocabularies(p_logits.shape[-1], q_logits.shape[-1])
     if p_logits.shape != q_logits.shape:
         raise ValueError(
             f"p_logits is {tuple(p_logits.shape)} and q_logits is {tuple(q_logits.shape)}: "
@@ -72,6 +98,10 @@ def _check_shapes(p_logits: Tensor, q_logits: Tensor) -> None:
         )
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+def check_vocabularies(p: int, q: int) -> None:
+    """Raise ValueError if the two vocabularies are not of one size."""
+    if p != q:
+        raise ValueError(
+            f"p has a vocabulary of {p} and q of {q}: a KL needs one. "
+            "Were the embeddings resized after the reference was loaded?"
+        )

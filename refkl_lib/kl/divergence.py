@@ -1,0 +1,131 @@
+"""KL between two models: the article's function.
+
+The KL comes from hidden states where the two heads are known to be all that stands between these and the logits
+(`linear_kl`), else from whole logits (`exact_kl`), and then a warning says why. The number is the same.
+"""
+
+import inspect
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refkl_lib.kl.exact import exact_kl
+from refkl_lib.kl.linear import HeadOutput, linear_kl
+from refkl_lib.kl.reduce import Reduction
+from refkl_lib.tensors import is_partitioned
+
+
+class GivesLogits(Protocol):
+    """What a KL needs of a reference, however that is kept."""
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """Return logits (B, T, V) without a gradient."""
+
+
+def compute_kl_divergence(
+    policy: nn.Module,
+    reference: GivesLogits,
+    inputs: dict[str, Any],
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return KL(policy‖reference) in nats on `inputs`, with a gradient to the policy alone.
+
+    Every position of `inputs["attention_mask"]` counts (all of them without one): the value at a position
+    compares what the two models expect *after* that token. Reduction and errors are `exact_kl`'s.
+
+    No logits (B, T, V) are made if both heads are plain linear layers, whole on this device, and the models do to
+    their output nothing that `linear_kl` does not know: each model is asked for the logits of its last token, and
+    they must be what its head makes of that token's hidden state. Otherwise a UserWarning says what stands against it.
+    """
+    try:
+        return _from_hidden_states(policy, reference, inputs, reduction)
+    except _WholeLogitsError as obstacle:
+        warnings.warn(f"computing the KL from whole logits, which takes more memory: {obstacle}", stacklevel=2)
+    policy_logits = policy(**{"use_cache": False} | inputs).logits
+    return exact_kl(policy_logits, reference.logits(**inputs), inputs.get("attention_mask"), reduction)
+
+
+class _WholeLogitsError(Exception):
+    """Hidden states are not enough; the message says why."""
+
+
+def _from_hidden_states(
+    policy: nn.Module, reference: GivesLogits, inputs: dict[str, Any], reduction: Reduction
+) -> Tensor:
+    if "logits_to_keep" in inputs:
+        raise _WholeLogitsError("the inputs choose by logits_to_keep of which tokens there are logits")
+    # A reference is known by its `logits` alone; this one may also say where its model is.
+    as_reference = getattr(reference, "as_reference", None)
+    if as_reference is None:
+        raise _WholeLogitsError(f"a {type(reference).__name__} does not give its model (as_reference), only logits")
+    _plain_head(policy)  # if it has none, say so before the passes
+    q = _reference_pass(as_reference(), inputs)  # first, so that it does not run on top of what the policy's pass keeps
+    p = _pass(policy, inputs)
+    output = _output_of(policy)
+    # After both passes: had the one borrowed the other's head, it would be given back by now.
+    _check_last(p, output, "policy")
+    _check_last(q, output, "reference")
+    mask = inputs.get("attention_mask")
+    return linear_kl(p.hidden, p.head, q.hidden, q.head, mask, reduction, scale=output.scale, softcap=output.softcap)
+
+
+class _Pass(NamedTuple):
+    hidden: Tensor  # (B, T, H)
+    head: nn.Linear
+    last_logits: Tensor  # (B, 1, V), the model's own
+
+
+@torch.no_grad()
+def _reference_pass(as_reference: AbstractContextManager[nn.Module], inputs: dict[str, Any]) -> _Pass:
+    with as_reference as model:
+        return _pass(model, inputs)
+
+
+def _pass(model: Any, inputs: dict[str, Any]) -> _Pass:
+    """Run the model for the logits of its last token, and take the hidden states on their way to the head."""
+    head = _plain_head(model)
+    given: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda _module, _args, output: given.append(output[0]))
+    try:
+        kept = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**{"use_cache": False} | kept, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    return _Pass(given[-1], head, logits)
+
+
+def _plain_head(model: Any) -> nn.Linear:
+    """Return the head if it is a linear layer and nothing else; raises _WholeLogitsError if not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "get_decoder") or "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        raise _WholeLogitsError(f"the forward pass of a {type(base).__name__} makes the logits of every token")
+    if is_partitioned(model):
+        raise _WholeLogitsError("ZeRO-3 has its head in one piece only during a forward pass")
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise _WholeLogitsError(f"its head is a {type(head).__name__}, not a plain linear layer; is an adapter on it?")
+    if type(head.weight) is not nn.Parameter:
+        raise _WholeLogitsError(f"its head's weight is a {type(head.weight).__name__}; is it sharded or quantised?")
+    return head
+
+
+def _output_of(model: Any) -> HeadOutput:
+    """Return what the model's configuration says of its head's output, under the names of transformers 5.24."""
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    values = (getattr(model.config.get_text_config(), name, None) for name in names)
+    multiplier, divisor, softcap = (v if isinstance(v, int | float) and v > 0 else None for v in values)
+    return HeadOutput(scale=(multiplier or 1.0) / (divisor or 1.0), softcap=softcap)
+
+
+def _check_last(run: _Pass, output: HeadOutput, name: str) -> None:
+    """Raise _WholeLogitsError if the model's last logits are not those that `linear_kl` would compute."""
+    with torch.no_grad():
+        ours = output.logits(F.linear(run.hidden[:, -1:], run.head.weight, run.head.bias))
+    theirs = run.last_logits.detach().to(ours.dtype)
+    # The same operations on the same numbers; only a division may have been a multiplication.
+    if not torch.allclose(ours, theirs, rtol=2 * torch.finfo(ours.dtype).eps, atol=0.0, equal_nan=True):
+        raise _WholeLogitsError(f"the {name}'s logits are not what its head makes of its last hidden states")

@@ -1,0 +1,62 @@
+"""What an exercise is made of: an idea, functions and tensors. `check.py` does the rest.
+
+A named mistake is a function like any other: what it computes is how it is recognised.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Tensor]
+
+
+class Text(str):
+    """A text that shows itself, unquoted, as the last line of a cell."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments, and what to say of them. `want` is the answer found by hand; None asks the oracle."""
+
+    label: str  # ends "On …, your answer is …"
+    args: tuple[Any, ...]
+    want: Tensor | None = None
+    rtol: float = 1e-4
+    atol: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong function that people write, what it is, and the line (1, 2, 3) of the idea that it misses."""
+
+    line: int
+    says: str  # ends "This looks like …"
+    function: Function
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One function to write.
+
+    Answers have the dtype and the device of the first argument. That is also the argument that has a gradient when
+    the function is asked for one: `keeps_gradient` says whether it must reach it, as the oracle's does, or must not.
+    """
+
+    id: str  # the notebook's number, a dot, a name
+    idea: tuple[str, str, str]
+    solution: Function  # its source is shown, so its comments say why
+    oracle: Function  # right by other means, in float64 if rounding matters
+    draw: Callable[[torch.Generator], tuple[Any, ...]]  # random arguments
+    by_hand: Case
+    mistakes: tuple[Mistake, ...]
+    hints: tuple[str, str, str]  # from a question to nearly the code
+    hard: tuple[Case, ...] = ()  # where a formula that is right on paper breaks
+    keeps_gradient: bool = True
