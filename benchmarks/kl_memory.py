@@ -45,6 +45,10 @@ class Case:
         with torch.no_grad():
             return self.ref_head(self.ref_hidden)
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients of the run before."""
+        self.hidden.grad = self.head.weight.grad = None
+
 
 Way = Callable[[Case], Tensor]
 Result = tuple[float, list[Tensor]]
@@ -129,7 +133,7 @@ def make_case(tokens: int, vocabulary: int, width: int, train_head: bool) -> Cas
 
 def run(way: Way, case: Case) -> Result:
     """Return the value and the gradients."""
-    case.hidden.grad = case.head.weight.grad = None
+    case.drop_gradients()
     value = way(case)
     value.backward()
     return value.item(), [g for g in (case.hidden.grad, case.head.weight.grad) if g is not None]
@@ -137,6 +141,7 @@ def run(way: Way, case: Case) -> Result:
 
 def extra_bytes(way: Way, case: Case) -> int:
     """Return the most that the CPU's allocator had given out at once beyond what was there before."""
+    case.drop_gradients()  # freed while the profiler counts, they would count as less than nothing
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run(way, case)
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
