@@ -68,9 +68,9 @@ class StrategyRun:
 
     @property
     def name(self) -> str:
-        """Return a short label: strategy, what trains, and the number of ranks."""
+        """Return a short label: strategy, what trains, and of how many ranks this is one."""
         trains = "all weights" if self.lora_rank is None else f"LoRA {self.lora_rank}"
-        where = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
+        where = f", each of {self.ranks}" if self.ranks > 1 else ""
         return f"{self.strategy}, {trains}{where}"
 
 
