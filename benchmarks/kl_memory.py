@@ -1,18 +1,21 @@
 """What a KL, and the log-probs of given tokens, take beyond the models: memory and time, ours beside others'.
 
     python benchmarks/kl_memory.py                                 256 and 1,024 tokens, vocabulary 49,152
-    python benchmarks/kl_memory.py --large                         also 8,192 tokens, and 2,048 x 151,936: slow
+    python benchmarks/kl_memory.py --large                         512 to 8,192 tokens, both vocabularies: an hour
     python benchmarks/kl_memory.py --train-head --tokens 512
 
 Every way starts from hidden states, ends with their gradient (and the head's with --train-head), and must agree with
 the first one in both. Peers come with `pip install -c constraints.txt -e '.[bench]'`; those that are not installed are
-named. MiB are the most that the allocator had given out at once, scratch memory inside of kernels included; seconds are
-the processor's, medians of rounds in which all ways take turns. The floor is the time of the matrix products that
-nobody can leave out, at the rate that this machine makes such products: logits of both models and back for a KL, logits
-and back for log-probs.
+named, and so are those that do not fit in memory. MiB are the most that the allocator had given out at once, scratch
+memory inside of kernels included; seconds are the processor's, medians of rounds in which all ways take turns. The
+floor is the time of the matrix products that nobody can leave out, at the rate that this machine makes such products:
+logits of both models and back for a KL, logits and back for log-probs.
 """
 
 import argparse
+import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +23,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from refkl_lib import exact_kl, linear_kl, linear_token_log_probs, token_log_probs
+from refkl_lib.memory.meters import machine
 
 MIB = 2**20
 
@@ -100,7 +105,7 @@ def liger_chunked_log_probs(case: Case) -> Tensor:
     return module._ChunkedSelectiveLogProbFunction.apply(*given).mean()
 
 
-# Each table's first way is what the others are compared with. (label, package it needs, way)
+# Each table's first way that fits is what the others are compared with. (label, package it needs, way)
 KL: list[tuple[str, str, Way]] = [
     ("full logits, F.kl_div", "torch", full_kl),
     ("exact_kl of full logits", "torch", lambda c: exact_kl(c.head(c.hidden), c.ref_logits())),
@@ -139,17 +144,29 @@ def run(way: Way, case: Case) -> Result:
     return value.item(), [g for g in (case.hidden.grad, case.head.weight.grad) if g is not None]
 
 
-def extra_bytes(way: Way, case: Case) -> int:
-    """Return the most that the CPU's allocator had given out at once beyond what was there before."""
+def extra_bytes(way: Way, case: Case) -> int | None:
+    """Return the most that the CPU's allocator had given out at once beyond what was there before, None if too much."""
     case.drop_gradients()  # freed while the profiler counts, they would count as less than nothing
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run(way, case)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            run(way, case)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return None
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def refuse_what_does_not_fit() -> None:
+    """Let an allocation fail that this machine cannot serve, before the system ends the process for it."""
+    if sys.platform == "linux":
+        limit = psutil.Process().memory_info().vms + machine().available - 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -180,17 +197,18 @@ def table(title: str, ways: list[tuple[str, str, Way]], case: Case, products: in
     print(f"\n{title:<28}{'extra MiB':>10}{'ratio':>8}{'seconds':>10}{'ratio':>8}")
     there = [(label, way) for label, package, way in ways if find_spec(package)]
     peaks = {label: extra_bytes(way, case) for label, way in there}
-    times: dict[str, list[float]] = {label: [] for label, _ in there}
+    fitting = [(label, way) for label, way in there if peaks[label]]
+    times: dict[str, list[float]] = {label: [] for label, _ in fitting}
     results: dict[str, Result] = {}
     for _ in range(rounds):
-        for label, way in there:
+        for label, way in fitting:
             started = time.process_time()
             results[label] = run(way, case)
             times[label].append(time.process_time() - started)
-    first = there[0][0]
+    first = fitting[0][0]
     for label, _, _ in ways:
-        if label not in peaks:
-            print(f"{label:<28}  not installed")
+        if label not in times:
+            print(f"{label:<28}  {'does not fit' if label in peaks else 'not installed'}")
             continue
         spent, usual = median(times[label]), median(times[first])
         agree = "" if agrees(results[label], results[first]) else "  DIFFERS"
@@ -214,11 +232,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576, help="numbers in a hidden state")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-head", action="store_true", help="the head's gradient, too (one product more)")
-    parser.add_argument("--large", action="store_true", help="also 8,192 tokens, and 2,048 x 151,936")
+    parser.add_argument("--large", action="store_true", help="512, 2,048 and 8,192 tokens x both vocabularies")
     options = parser.parse_args()
-    sizes = [(tokens, vocabulary) for vocabulary in options.vocabulary for tokens in options.tokens]
     if options.large:
-        sizes += [(8192, 49_152), (2048, 151_936)]
+        options.tokens, options.vocabulary = [512, 2048, 8192], [49_152, 151_936]
+    sizes = [(tokens, vocabulary) for vocabulary in options.vocabulary for tokens in options.tokens]
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler's own messages would stand between the lines
+    refuse_what_does_not_fit()
     for tokens, vocabulary in sizes:
         case = make_case(tokens, vocabulary, options.width, options.train_head)
         size = f"{tokens:,} x {vocabulary:,}"

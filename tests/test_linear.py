@@ -231,7 +231,7 @@ def test_the_peak_does_not_grow_with_the_tokens(trains):
 def test_the_default_chunk_follows_the_sizes():
     hidden = torch.zeros(1, 1, 1)
     assert chunk_before_head(hidden, 49_152, None) == 2**25 // (4 * 49_152)
-    assert chunk_before_head(hidden, 151_936, None) == 64
+    assert chunk_before_head(hidden, 151_936, None) == 128
     assert chunk_before_head(hidden, 2, None) > 1_000_000
     assert chunk_before_head(hidden, 49_152, 3) == 3
 

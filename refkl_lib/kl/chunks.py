@@ -29,10 +29,10 @@ def chunk_of_logits(logits: Tensor) -> int:
 def chunk_before_head(hidden: Tensor, vocabulary: int, chunk: int | None) -> int:
     """Return how many tokens to send through a head at a time, `chunk` if that is given.
 
-    Below 64 tokens a matrix product takes longer than it need. Raises ValueError if `chunk` is less than 1.
+    Below 128 tokens a matrix product takes longer than it need. Raises ValueError if `chunk` is less than 1.
     """
     if chunk is None:
-        return max(64, _fitting(vocabulary, 32 * 2**20 if hidden.device.type == "cpu" else _GPU_BYTES))
+        return max(128, _fitting(vocabulary, 32 * 2**20 if hidden.device.type == "cpu" else _GPU_BYTES))
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but it is a number of tokens, 1 or more (None: chosen from the sizes)")
     return chunk

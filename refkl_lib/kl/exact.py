@@ -26,10 +26,11 @@ def exact_kl(
 ) -> Tensor:
     """Return KL(p‖q) in nats from logits (B, T, V), with gradients to both.
 
-    `mask` (B, T) is 1 for the tokens that count. `reduction`: "mean" over the counted tokens, "sequence"
-    (a sum for each, (B,)), "sum", or "none" (B, T). Half-precision logits are widened to float32 first.
-    A word that both masked to -inf adds nothing; one that only q excludes makes the KL infinite, and its gradient
-    has no value. Beyond the gradients it takes the memory of a few tokens' logits; `linear_kl` spares those as well.
+    `mask` (B, T) is 1 for the tokens that count. `reduction`: "mean" over the counted tokens, "sequence_mean",
+    "sequence" (a sum for each, (B,)), "sum", or "none" (B, T); see `reduce_tokens`. Half-precision logits are
+    widened to float32 first. A word that both masked to -inf adds nothing; one that only q excludes makes the KL
+    infinite, and its gradient has no value. Beyond the gradients it takes the memory of a few tokens' logits;
+    `linear_kl` spares those as well.
     Raises ValueError if shapes or vocabularies differ, the mask is empty, or a counted KL is NaN.
     """
     _check_shapes(p_logits, q_logits)

@@ -72,7 +72,7 @@ def linear_kl(
 
     Hidden states are (B, T, H), and H may differ between p and q. Gradients reach `p_hidden` and what of `p_head`
     requires them; q is a constant. Logits exist for `chunk` tokens at a time, by default so many as 32 MiB hold (on
-    a GPU 256), and 64 at least. If the models go on from their heads' outputs, logits =
+    a GPU 256), and 128 at least. If the models go on from their heads' outputs, logits =
     softcap·tanh(scale·output / softcap) / temperature (Gemma 2's final_logit_softcapping, Cohere's logit_scale,
     1 / Granite's logits_scaling). Logits have the dtype of the heads' outputs, sums over them at least float32.
 

@@ -8,6 +8,8 @@ one that answers like the learner is what the learner is told of.
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from refkl_lib.lessons import store
 from refkl_lib.lessons.course import find
-from refkl_lib.lessons.exercise import Case, Exercise, Function, Mistake
+from refkl_lib.lessons.exercise import Case, Exercise, Function, Mistake, WrongFormError
 from refkl_lib.lessons.timeout import OutOfTimeError, within
 
 SECONDS = 5.0
+_HERE = Path(__file__).parent
 _RANDOM_CASES = 3
 
 
@@ -82,11 +85,15 @@ def _examine(spec: Exercise, answer: Any) -> tuple[bool, str]:
     answers: list[Tensor | None] = []
     for kind in ("plain", "hard", "gradient"):
         asked = [question for question in questions if question.kind == kind]
-        answers += [_answer(answer, question) for question in asked]
+        answers += [_answer(_asked(spec, answer), question) for question in asked]
         if wrong := [place for place, got in enumerate(answers) if not questions[place].right(got)]:
-            named = next((mistake for mistake in spec.mistakes if _made(mistake, questions, answers)), None)
-            return False, _named(spec, named) if named else _difference(questions[wrong[0]], answers[wrong[0]])
+            named = next((mistake for mistake in spec.mistakes if _made(spec, mistake, questions, answers)), None)
+            return False, _named(spec, named) if named else _difference(spec, questions[wrong[0]], answers[wrong[0]])
     return True, f'solved. solution("{spec.id}") shows one way to write it.'
+
+
+def _asked(spec: Exercise, function: Function) -> Callable[..., Any]:
+    return partial(spec.ask, function) if spec.ask else function
 
 
 def _named(spec: Exercise, mistake: Mistake) -> str:
@@ -138,11 +145,13 @@ def _gradient(function: Function, case: Case) -> Tensor | None:
 def _ours_or_theirs(call: Callable[[], Any]) -> Any:
     try:
         return call()
+    except WrongFormError as error:
+        raise _Unanswered(str(error)) from error
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent != _HERE]
         theirs = [frame for frame in frames if frame.filename == frames[0].filename]
         # torch raises it as well, for a dtype that an operator does not know.
-        if isinstance(error, NotImplementedError) and (frames[-1].line or "").startswith("raise"):
+        if isinstance(error, NotImplementedError) and frames and (frames[-1].line or "").startswith("raise"):
             raise _NotSolvedYet from error
         raise _Unanswered(_told(error, theirs)) from error
 
@@ -154,10 +163,10 @@ def _told(error: BaseException, theirs: list[traceback.FrameSummary]) -> str:
     return told + (f"\n  line {theirs[-1].lineno}: {theirs[-1].line}" if theirs else "")
 
 
-def _made(mistake: Mistake, questions: list[_Question], answers: list[Tensor | None]) -> bool:
+def _made(spec: Exercise, mistake: Mistake, questions: list[_Question], answers: list[Tensor | None]) -> bool:
     """Tell whether a mistake gives the answers that the learner gave so far."""
     for question, theirs in zip(questions, answers, strict=False):
-        got = _answer(mistake.function, question)
+        got = _answer(_asked(spec, mistake.function), question)
         if question.kind == "plain" and not _alike(got, theirs, question.case):
             return False
         # Rounding has no digits to compare: it is enough to go wrong as well, and in the same places to be no number.
@@ -166,7 +175,7 @@ def _made(mistake: Mistake, questions: list[_Question], answers: list[Tensor | N
     return True
 
 
-def _difference(question: _Question, got: Tensor | None) -> str:
+def _difference(spec: Exercise, question: _Question, got: Tensor | None) -> str:
     want, label = question.want, question.case.label
     if question.kind == "gradient":
         return _gradient_difference(got, want)
@@ -177,6 +186,9 @@ def _difference(question: _Question, got: Tensor | None) -> str:
         if yours != right:
             yours, right = (tuple(yours), tuple(right)) if name == "shape" else (yours, right)
             return f"your answer has the {name} {yours}; it must be {right}."
+    if spec.facts:
+        missing = [fact for fact, so, must in zip(spec.facts, got, want, strict=True) if so != must]
+        return f"on {label}, this is not so: {'; '.join(missing)}."
     lead = "right on ordinary numbers, but not here: on" if question.kind == "hard" else "on"
     return f"{lead} {label}, your answer is {_short(got)}; it must be {_short(want)}."
 

@@ -13,6 +13,10 @@ from torch import Tensor
 Function = Callable[..., Tensor]
 
 
+class WrongFormError(Exception):
+    """Raised by an `ask`: what is wrong with what the learner's function returned, as a sentence."""
+
+
 class Text(str):
     """A text that shows itself, unquoted, as the last line of a cell."""
 
@@ -48,6 +52,10 @@ class Exercise:
 
     Answers have the dtype and the device of the first argument. That is also the argument that has a gradient when
     the function is asked for one: `keeps_gradient` says whether it must reach it, as the oracle's does, or must not.
+
+    A function of models, which returns no tensor of numbers to compare, is asked by `ask(function, *args)`: it builds
+    what the function needs, calls it, and returns a tensor of 1s and 0s, which of `facts` hold. The oracle then gives
+    that tensor of args alone. An `ask` returns None if the function did, and raises WrongFormError for a wrong type.
     """
 
     id: str  # the notebook's number, a dot, a name
@@ -60,3 +68,5 @@ class Exercise:
     hints: tuple[str, str, str]  # from a question to nearly the code
     hard: tuple[Case, ...] = ()  # where a formula that is right on paper breaks
     keeps_gradient: bool = True
+    ask: Callable[..., Tensor | None] | None = None
+    facts: tuple[str, ...] = ()  # each says what must be so: "the copy is in evaluation mode"
