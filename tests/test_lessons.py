@@ -1,6 +1,7 @@
 """Exercises: the solution passes, each mistake gets its own name, and nothing that a learner does breaks a notebook."""
 
 import contextlib
+import copy
 import subprocess
 import sys
 import threading
@@ -14,17 +15,122 @@ from IPython.lib.pretty import pretty
 from torch import Tensor
 
 from refkl_lib import check, hint, solution
+from refkl_lib.lessons import adapter, clone, course, timeout, why, zero3
 from refkl_lib.lessons import check as check_module
-from refkl_lib.lessons import course, timeout
-from refkl_lib.lessons.kl import EXERCISES, k3, masked_mean, penalised_reward, token_kl
+from refkl_lib.lessons.kl import k3, masked_mean, penalised_reward, token_kl
 
 SPECS = {spec.id: spec for spec in course.exercises().values()}
 MISTAKES = [
     pytest.param(spec, mistake, id=f"{spec.id}-{mistake.says}") for spec in SPECS.values() for mistake in spec.mistakes
 ]
 
+
+def clone_but(spoil):
+    """Return a function that makes a right copy and then does something wrong to it or to the policy."""
+
+    def create_reference_model(policy):
+        reference = clone.create_reference_model(policy)
+        spoil(reference, policy)
+        return reference
+
+    return create_reference_model
+
+
 # Wrong in ways that have no name; "05.k3" and the others are what a learner should write.
 MUTANTS = {
+    "01.leash": {
+        "a tenth of beta": lambda q, r, beta: why.best_policy(q, r, beta / 10),
+        "logits of the reference": lambda q, r, beta: why.best_policy(q.exp(), r, beta),
+        "clamped": lambda q, r, beta: why.best_policy(q, r, beta).clamp(min=-3),
+        "centred reward squared": lambda q, r, beta: why.best_policy(q, (r - r.mean()).square(), beta),
+        "one word": lambda q, r, beta: why.best_policy(q, r, beta)[:, :1],
+        "factor clamped": lambda q, r, beta: why.best_policy(q, (r / beta).clamp(max=80), 1.0),
+        "reference detached": lambda q, r, beta: why.best_policy(q.detach(), r, beta) + 0 * q,
+    },
+    "01.objective": {
+        "beta squared": lambda k, r, m, beta: why.leashed_loss(k, r, m, beta * beta),
+        "a mean of means": lambda k, r, m, beta: ((beta * k - r) * m).sum(-1).div(m.sum(-1)).mean(),
+        "KL clamped": lambda k, r, m, beta: why.leashed_loss(k.clamp(max=0.5), r, m, beta),
+        "reward over KL": lambda k, r, m, beta: -(r / (beta * k))[m.bool()].mean(),
+        "padded KL": lambda k, r, m, beta: beta * k.mean() - r[m.bool()].mean(),
+        "half a gradient": lambda k, r, m, beta: (
+            why.leashed_loss(k, r, m, beta) / 2 + why.leashed_loss(k.detach(), r, m, beta) / 2
+        ),
+    },
+    "01.sampled_kl": {
+        "never negative": lambda p, q, m: why.sampled_kl(p, q, m).clamp(min=0),
+        "first text": lambda p, q, m: why.sampled_kl(p[:1], q[:1], m[:1]),
+        "k3": lambda p, q, m: (k3(p, q) * m).sum(-1).mean(),
+        "weighted again": lambda p, q, m: (p.exp() * (p - q) * m).sum(-1).mean(),
+        "last token left out": lambda p, q, m: why.sampled_kl(p[:, :-1], q[:, :-1], m[:, :-1]),
+        "a mean of means": lambda p, q, m: ((p - q) * m).sum(-1).div(m.sum(-1)).mean(),
+    },
+    "02.clone": {
+        "one weight of the policy's": clone_but(
+            lambda reference, policy: setattr(reference.norm.weight, "data", policy.norm.weight.data)
+        ),
+        "untied": clone_but(lambda reference, _: setattr(reference, "head", copy.deepcopy(reference.head))),
+        "one weight moved": clone_but(lambda reference, _: reference.norm.bias.add_(1e-6)),
+        "buffers at their start": clone_but(lambda reference, _: reference.norm.reset_running_stats()),
+        "the policy thawed": clone_but(lambda _, policy: policy.requires_grad_()),
+    },
+    "02.sync": {
+        "half": lambda p, r, alpha: clone.synced(p, r, 0.5),
+        "alpha squared": lambda p, r, alpha: clone.synced(p, r, alpha * alpha),
+        "minus": lambda p, r, alpha: ((1 - alpha) * r - alpha * p).detach(),
+        "geometric": lambda p, r, alpha: (r.abs() ** (1 - alpha) * p.abs() ** alpha).detach(),
+        "averaged": lambda p, r, alpha: clone.synced(p, r, alpha).mean(),
+    },
+    "02.bytes": {
+        "one storage too many": lambda tensors: clone.bytes_of(tensors) + 4,
+        "the first tensor": lambda tensors: tensors[0].nbytes,
+        "the first two tensors": lambda tensors: clone.bytes_of(tensors[:2]),
+        "bits": lambda tensors: 8 * clone.bytes_of(tensors),
+        "two bytes an element": lambda tensors: sum(2 * t.numel() for t in tensors),
+    },
+    "04.owner": {
+        "the last rank": lambda index, numel, ranks: ranks - 1,
+        "from the end": lambda index, numel, ranks: ranks - 1 - zero3.owner_of(index, numel, ranks),
+        "rounded to nearest": lambda index, numel, ranks: index // max(round(numel / ranks), 1),
+        "never the last": lambda *given: min(zero3.owner_of(*given), given[2] - 2),
+    },
+    "04.bytes": {
+        "one weight left out": lambda numels, ranks, size: zero3.rank_bytes(numels[1:], ranks, size),
+        "one more each": lambda numels, ranks, size: sum(n // ranks + 1 for n in numels) * (size + 1),
+        "padded to even pieces": lambda ns, ranks, size: sum(-(-n // ranks) + -(-n // ranks) % 2 for n in ns) * size,
+    },
+    "04.reference_config": {
+        "no precision": lambda job: {k: v for k, v in zero3.reference_config(job).items() if k != "bf16"},
+        "stage 2": lambda job: {k: v for k, v in copy.deepcopy(job).items() if k not in ("optimizer", "scheduler")},
+        "nothing else": lambda job: {**zero3.reference_config(job), "zero_optimization": {"stage": 3}},
+        "a scheduler without an optimizer": lambda job: {**zero3.reference_config(job), "scheduler": None},
+        "optimizer taken for granted": lambda job: {
+            k: v for k, v in zero3.reference_config({**job, "x": job["optimizer"]}).items() if k != "x"
+        },
+    },
+    "03.lora_layer": {
+        "scale squared": lambda x, W, A, B, a, on: adapter.lora_layer(x, W, A, B, a * a / len(A), on),
+        "half a switch": lambda x, W, A, B, a, on: adapter.lora_layer(x, W, A, B, a if on else a / 2, True),
+        "scaled weight": lambda x, W, A, B, a, on: adapter.lora_layer(x, a / len(A) * W, A, B, a, on),
+        "first rank": lambda x, W, A, B, a, on: adapter.lora_layer(x, W, A[:1], B[:, :1], a, on),
+        "half a gradient": lambda x, W, A, B, a, on: x @ W.T + adapter.lora_layer(x.detach(), 0 * W, A, B, a, on),
+    },
+    "03.share": {
+        "rank squared": lambda ws, rank, base: adapter.adapter_share(ws, rank * rank, base),
+        "with a bias": lambda ws, rank, base: adapter.adapter_share(ws, rank, base) + 1,
+        "the longer side": lambda ws, rank, base: 100 * sum(rank * max(w.shape) for w in ws) / base,
+        "a mean": lambda ws, rank, base: adapter.adapter_share(ws, rank, base) / len(ws),
+        "rounded": lambda ws, rank, base: round(adapter.adapter_share(ws, rank, base)),
+    },
+    "03.reference_pass": {
+        "the policy as it is": lambda policy, inputs: policy(**inputs).logits,
+        "log-probs": lambda policy, inputs: adapter.reference_logits(policy, inputs).log_softmax(-1),
+        "only detached": lambda policy, inputs: adapter._with_a_gradient(policy, inputs).detach() + 0.1,
+        "on after an off one": lambda policy, inputs: (
+            adapter.reference_logits(policy, inputs) + adapter._with_the_adapter_on(policy, inputs)
+        ),
+        "the last token": lambda policy, inputs: adapter.reference_logits(policy, inputs)[:, -1:],
+    },
     "05.k3": {
         "clamped": lambda p, q: k3(p, q).clamp(max=0.25),
         "one sign": lambda p, q: torch.expm1(q - p) + (q - p),
@@ -66,9 +172,8 @@ def _own_data_folder(tmp_path, monkeypatch):
 
 
 def test_the_course_has_the_exercises_of_each_notebook():
-    assert tuple(SPECS.values()) == EXERCISES
     assert SPECS.keys() == MUTANTS.keys()
-    assert all(name.split(".")[0] in course.FILES for name in SPECS)
+    assert {name.split(".")[0] for name in SPECS} == course.FILES.keys()
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -135,9 +240,23 @@ def test_a_stub_is_not_solved_yet(name, stub):
     assert verdict.message.endswith(SPECS[name].idea[-1])
 
 
+def test_no_policy_is_better_than_the_best():
+    generator = torch.Generator().manual_seed(0)
+    ref, reward, beta = why.LEASH.draw(generator)
+
+    def objective(log_probs):
+        probs = log_probs.exp()
+        return (probs * (reward - beta * (log_probs - ref))).sum(-1)
+
+    best = why.best_policy(ref, reward, beta)
+    for _ in range(100):
+        other = (best + 0.1 * torch.randn(best.shape, generator=generator)).log_softmax(-1)
+        assert bool((objective(other) < objective(best)).all())
+
+
 def test_an_unknown_exercise_is_an_error_that_lists_the_known():
     for function in (hint, solution, lambda name: check(name, k3)):
-        with pytest.raises(ValueError, match=r"no exercise '05\.k4'; there are 05\.k3, "):
+        with pytest.raises(ValueError, match=r"no exercise '05\.k4'; there are .*05\.k3, "):
             function("05.k4")
 
 
@@ -198,6 +317,36 @@ def test_an_answer_that_must_not_carry_a_gradient_says_so(monkeypatch):
     monkeypatch.setattr(check_module, "find", lambda name: nameless)
     attached = said(lambda p, q, reward, beta: reward - beta * (p - q), "05.reward")
     assert "your answer still carries a gradient, and it must not: detach it." in attached
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (
+            clone_but(lambda reference, policy: (reference.norm.requires_grad_(), policy.dropout.eval())),
+            "02.clone: on a model with tied weights, a batch norm and dropout, which trains, this is not so: "
+            "none of its weights requires grad; the policy's modules are in the modes they were in.",
+        ),
+        (
+            clone_but(lambda reference, policy: policy.requires_grad_()),
+            "02.clone: on a model of which a part is frozen, this is not so: the policy's weights train as before.",
+        ),
+        (lambda model: (model, 1), "your function returned a tuple; it must return a module: the copy."),
+        (lambda model: model.weight, "your code raised AttributeError: '_Tied' object has no attribute 'weight'"),
+    ],
+)
+def test_of_a_function_of_models_the_facts_that_fail_are_said(answer, sentence):
+    assert sentence in said(answer, "02.clone")
+
+
+def test_an_answer_of_a_wrong_type_is_told_so_by_what_asks():
+    message = said(lambda tensors: clone.bytes_of(tensors) / 1, "02.bytes")
+    assert message == "02.bytes: your function returned a float; bytes are counted: return an int."
+
+
+def test_an_exercise_that_asks_without_facts_compares_numbers():
+    message = said(lambda tensors: clone.bytes_of(tensors) + 4, "02.bytes")
+    assert message.endswith("and its copy in bfloat16, your answer is 40; it must be 36.")
 
 
 def test_a_case_that_is_only_hard_says_that_the_rest_is_right():

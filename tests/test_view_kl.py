@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from refkl_lib import DirectionPanel, both_directions, direction_kls, kl_strip, running_means
-from refkl_lib.view.kl import direction_figure, kl_strip_figure, running_means_figure, running_means_of
+from refkl_lib.view.kl import direction_figure, running_means_figure, running_means_of
+from refkl_lib.view.strip import kl_strip_figure
 
 PNG = b"\x89PNG\r\n"
 
@@ -106,13 +107,48 @@ def test_a_long_text_is_wrapped_and_no_box_leaves_its_line():
     places = [(box.get_y(), box.get_x()) for box in axes.patches]
     assert places == sorted(places)
     assert len(set(places)) == 101
-    assert places[-1][0] + 0.9 <= axes.get_ylim()[0]
+    assert max(box.get_y() + box.get_height() for box in axes.patches) <= axes.get_ylim()[0]
 
 
 @pytest.mark.parametrize(("tokens", "kl"), [(["a"], [1.0, 2.0]), ([], []), (["a"], [math.nan]), (["a"], [math.inf])])
 def test_a_strip_needs_a_finite_kl_for_each_token(tokens, kl):
     with pytest.raises(ValueError, match="one finite KL for each token"):
         kl_strip_figure(tokens, kl)
+
+
+def test_what_the_models_say_stands_under_the_box_where_they_differ():
+    axes = kl_strip_figure([" a", " b", " c"], [0.1, 2.0, 0.3], [" x", " glad", "\n"], [" x", " tired", " y"]).axes[0]
+    texts = {text.get_text(): text.get_position() for text in axes.texts}
+    assert " x" not in texts
+    left, bottom = axes.patches[1].get_x(), axes.patches[1].get_y() + axes.patches[1].get_height()
+    for word in (" glad", " tired"):
+        across, down = texts[word]
+        assert left < across < left + axes.patches[1].get_width()
+        assert bottom < down < axes.get_ylim()[0]
+    assert texts[" glad"][1] == texts["policy"][1] < texts["reference"][1] == texts[" tired"][1]
+    assert texts["⏎"][0] == texts[" c"][0]
+
+
+def test_a_box_is_as_wide_as_the_longest_of_its_words():
+    words = ["a", "b" * 20, "c" * 30]
+    narrow, wide, widest = kl_strip_figure(["a"] * 3, torch.zeros(3), words, ["a", "b", "a"]).axes[0].patches
+    assert wide.get_x() - narrow.get_x() < 20 < widest.get_x() - wide.get_x() < 30 < widest.get_width()
+
+
+def test_a_line_on_which_the_models_agree_is_less_tall():
+    same, other = ["a"] * 12, ["a"] * 11 + ["b"]
+    agreed, differing = (kl_strip_figure(["c" * 70] * 12, torch.zeros(12), same, says) for says in (same, other))
+    assert {text.get_text() for text in agreed.axes[0].texts} & {"policy", "reference"} == set()
+    assert [text.get_text() for text in differing.axes[0].texts].count("policy") == 1
+    assert agreed.get_figheight() < differing.get_figheight() < agreed.get_figheight() + 1
+
+
+@pytest.mark.parametrize("says", [{"policy_says": ["a"]}, {"policy_says": ["a"], "reference_says": ["a", "b"]}])
+def test_both_models_say_something_for_each_token_or_neither_does(says):
+    with pytest.raises(
+        ValueError, match=r"policy_says has 1 words and reference_says (None|2): both need 1, or neither"
+    ):
+        kl_strip_figure(["a"], [1.0], **says)
 
 
 # By samples

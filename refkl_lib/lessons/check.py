@@ -81,18 +81,31 @@ def _examine(spec: Exercise, answer: Any) -> tuple[bool, str]:
         raise _NotSolvedYet
     if not callable(answer):
         return False, f"give check the function itself, not what it returned (this is a {type(answer).__name__})."
+    function = _asked(spec, _written(answer))
     questions = list(_questions(spec))
     answers: list[Tensor | None] = []
     for kind in ("plain", "hard", "gradient"):
         asked = [question for question in questions if question.kind == kind]
-        answers += [_answer(_asked(spec, answer), question) for question in asked]
+        answers += [_answer(function, question) for question in asked]
         if wrong := [place for place, got in enumerate(answers) if not questions[place].right(got)]:
             named = next((mistake for mistake in spec.mistakes if _made(spec, mistake, questions, answers)), None)
             return False, _named(spec, named) if named else _difference(spec, questions[wrong[0]], answers[wrong[0]])
     return True, f'solved. solution("{spec.id}") shows one way to write it.'
 
 
-def _asked(spec: Exercise, function: Function) -> Callable[..., Any]:
+def _written(function: Function) -> Function:
+    """Return a function that raises _NotSolvedYet where `function` answers as a stub does."""
+
+    def call(*args: Any) -> Any:
+        got = function(*args)
+        if got is None or got is ... or got is NotImplemented:
+            raise _NotSolvedYet(f" (your function returned {got})")
+        return got
+
+    return call
+
+
+def _asked(spec: Exercise, function: Function) -> Function:
     return partial(spec.ask, function) if spec.ask else function
 
 
@@ -122,8 +135,6 @@ def _answer(function: Function, question: _Question) -> Tensor | None:
 def _value(function: Function, args: tuple[Any, ...]) -> Tensor:
     given = _copies(args)
     got = _ours_or_theirs(lambda: function(*given))
-    if got is None or got is ... or got is NotImplemented:
-        raise _NotSolvedYet(f" (your function returned {got})")
     if not isinstance(got, Tensor):
         raise _Unanswered(f"your function returned a {type(got).__name__}; it must return a tensor.")
     for place, (before, after) in enumerate(zip(args, given, strict=True), 1):
@@ -145,6 +156,8 @@ def _gradient(function: Function, case: Case) -> Tensor | None:
 def _ours_or_theirs(call: Callable[[], Any]) -> Any:
     try:
         return call()
+    except _NotSolvedYet:
+        raise
     except WrongFormError as error:
         raise _Unanswered(str(error)) from error
     except (Exception, SystemExit) as error:

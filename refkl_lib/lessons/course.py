@@ -8,7 +8,23 @@ from importlib import import_module
 from refkl_lib.lessons.exercise import Exercise, Text
 
 # The number that a notebook's exercises begin with, and the file here that holds them.
-FILES = {"05": "kl"}
+FILES = {"01": "why", "02": "clone", "03": "adapter", "04": "zero3", "05": "kl"}
+
+# What the notebooks ask to predict, in order.
+PREDICTIONS = (
+    "01.kl-after",
+    "01.share-of-five",
+    "01.kl-own-text",
+    "02.clone-weights",
+    "02.shared-layers",
+    "02.full-step",
+    "03.adapter-share",
+    "03.saved",
+    "03.pissa",
+    "05.share-of-five",
+    "05.k1-below-zero",
+    "05.full-growth",
+)
 
 # In memory, not in the file of the progress: a fresh kernel begins with the first hint.
 _hints_given: Counter[str] = Counter()
@@ -40,5 +56,6 @@ def hint(exercise: str) -> Text:
 
 def solution(exercise: str) -> Text:
     """Return the code that solves it, with a comment on why. Raises ValueError for an unknown exercise."""
-    source = textwrap.dedent(inspect.getsource(find(exercise).solution)).rstrip()
-    return Text(f"import torch\nfrom torch import Tensor\n\n\n{source}")
+    spec = find(exercise)
+    source = textwrap.dedent(inspect.getsource(spec.solution)).rstrip()
+    return Text(f"{spec.imports}\n\n\n{source}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # a learner's: it returns a tensor, or what an `ask` asks about
 
 
 class WrongFormError(Exception):
@@ -55,18 +55,19 @@ class Exercise:
 
     A function of models, which returns no tensor of numbers to compare, is asked by `ask(function, *args)`: it builds
     what the function needs, calls it, and returns a tensor of 1s and 0s, which of `facts` hold. The oracle then gives
-    that tensor of args alone. An `ask` returns None if the function did, and raises WrongFormError for a wrong type.
+    that tensor of args alone. An `ask` raises WrongFormError for a wrong type. One without `facts` returns numbers.
     """
 
     id: str  # the notebook's number, a dot, a name
     idea: tuple[str, str, str]
     solution: Function  # its source is shown, so its comments say why
-    oracle: Function  # right by other means, in float64 if rounding matters
+    oracle: Callable[..., Tensor]  # right by other means, in float64 if rounding matters
     draw: Callable[[torch.Generator], tuple[Any, ...]]  # random arguments
     by_hand: Case
     mistakes: tuple[Mistake, ...]
     hints: tuple[str, str, str]  # from a question to nearly the code
     hard: tuple[Case, ...] = ()  # where a formula that is right on paper breaks
     keeps_gradient: bool = True
-    ask: Callable[..., Tensor | None] | None = None
+    ask: Callable[..., Tensor] | None = None
     facts: tuple[str, ...] = ()  # each says what must be so: "the copy is in evaluation mode"
+    imports: str = "import torch\nfrom torch import Tensor"  # what the solution needs

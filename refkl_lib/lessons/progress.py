@@ -1,68 +1,89 @@
 """The course at a glance: what was predicted, what was solved."""
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from typing import Self
 
 from refkl_lib.lessons import store
-from refkl_lib.lessons.course import exercises
+from refkl_lib.lessons.course import PREDICTIONS, exercises
 from refkl_lib.lessons.predictions import ratio, show
 
 Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """A question's guess and measurement, in its unit; each is None until it is there."""
+
+    question: str
+    guess: float | None = None
+    measured: float | None = None
+    unit: str = ""
+
+    @property
+    def times(self) -> float | None:
+        """Return measured / guess, 1 for two zeros; None without a measurement, or if that is not above 0."""
+        if self.guess is None or self.measured is None:
+            return None
+        if self.guess == self.measured:
+            return 1.0
+        return self.measured / self.guess if self.guess * self.measured > 0 else None
+
+    def row(self) -> Row:
+        """Return it as a row of the table: question, guess, measured, measured / guess."""
+        if self.guess is None:
+            return self.question, "open", "", ""
+        if self.measured is None:
+            return self.question, show(self.guess), "not yet", ""
+        shown = (show(value, self.unit) for value in (self.guess, self.measured))
+        return self.question, *shown, ratio(self.guess, self.measured)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An exercise, how often it was tried, and whether it was ever solved."""
+
+    exercise: str
+    tries: int = 0
+    solved: bool = False
+
+    @property
+    def state(self) -> str:
+        """Return "solved", "tried" or "open"."""
+        return "solved" if self.solved else "tried" if self.tries else "open"
+
+    def row(self) -> Row:
+        """Return it as a row of the table: exercise, state, tries."""
+        return self.exercise, self.state, str(self.tries)
+
+
+@dataclass(frozen=True, repr=False)
 class Progress:
-    """Two tables, as text and as HTML: the predictions, and all exercises of the course.
+    """All predictions and exercises of the course, in order, as two tables of text.
 
     They are kept in `file`; delete it to begin anew.
     """
 
-    predictions: tuple[Row, ...]  # question, guess, measured, measured / guess
-    exercises: tuple[Row, ...]  # exercise, state, tries
+    predictions: tuple[Prediction, ...]
+    exercises: tuple[Attempt, ...]
     file: Path
 
+    @classmethod
+    def load(cls) -> Self:
+        """Return what is remembered, and what is still open; predictions that no notebook asks for come last."""
+        kept = store.load()
+        asked: dict[str, store.Record] = {question: {} for question in PREDICTIONS}
+        predictions = (Prediction(question, **record) for question, record in (asked | kept["predictions"]).items())
+        attempts = (Attempt(name, **kept["exercises"].get(name, {})) for name in exercises())
+        return cls(tuple(predictions), tuple(attempts), store.progress_file())
+
     def __repr__(self) -> str:
-        return "\n\n".join(_as_text(head, rows) for head, rows in self._tables())
-
-    def _repr_html_(self) -> str:
-        return "".join(_as_html(head, rows) for head, rows in self._tables())
-
-    def _tables(self) -> list[tuple[Row, tuple[Row, ...]]]:
-        return [
-            (("prediction", "guess", "measured", "measured / guess"), self.predictions),
-            (("exercise", "state", "tries"), self.exercises),
-        ]
+        predictions = _table(("prediction", "guess", "measured", "measured / guess"), self.predictions)
+        return f"{predictions}\n\n{_table(('exercise', 'state', 'tries'), self.exercises)}"
 
 
-def progress() -> Progress:
-    """Return all predictions made and all exercises of the course, solved or not."""
-    kept = store.load()
-    predictions = tuple(_prediction(question, record) for question, record in sorted(kept["predictions"].items()))
-    rows = tuple(_exercise(name, kept["exercises"].get(name, {})) for name in exercises())
-    return Progress(predictions, rows, store.progress_file())
-
-
-def _prediction(question: str, record: store.Record) -> Row:
-    guess, measured, unit = record["guess"], record.get("measured"), record.get("unit", "")
-    if measured is None:
-        return question, show(guess), "not yet", ""
-    return question, show(guess, unit), show(measured, unit), ratio(guess, measured)
-
-
-def _exercise(name: str, record: store.Record) -> Row:
-    state = "solved" if record.get("solved") else "tried" if record else "open"
-    return name, state, str(record.get("tries", 0))
-
-
-def _as_text(head: Row, rows: tuple[Row, ...]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+def _table(head: Row, items: tuple[Prediction, ...] | tuple[Attempt, ...]) -> str:
+    rows = [head, *(item.row() for item in items)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _as_html(head: Row, rows: tuple[Row, ...]) -> str:
-    def line(tag: str, row: Row) -> str:
-        return "<tr>" + "".join(f'<{tag} style="text-align:left">{escape(cell)}</{tag}>' for cell in row) + "</tr>"
-
-    return f"<table>{line('th', head)}{''.join(line('td', row) for row in rows)}</table>"

@@ -55,7 +55,7 @@ def create_reference_model(model: nn.Module, num_shared_layers: int = 0) -> nn.M
     With `num_shared_layers` = n > 0 the embeddings and the first n layers are not copied: both models
     hold the same parameters, which are frozen *in the policy too*, as a shared layer that trained would
     move the reference. If the output head is tied to the embeddings, as in SmolLM2, it is that same
-    storage and so frozen with them. The idea and the name are TRL's; there, the layers are copied.
+    storage and so frozen with them. The idea and the name are TRL's.
 
     Raises ValueError if `model` is partitioned by ZeRO-3, or has fewer than `num_shared_layers` layers.
     """

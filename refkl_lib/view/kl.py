@@ -1,15 +1,11 @@
-"""Pictures of the KL: its two directions, its value token by token, and the way to it by samples."""
+"""Pictures of the KL: its two directions, and the way to it by samples."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import ipywidgets as widgets
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from refkl_lib.kl.exact import exact_kl
@@ -121,62 +117,6 @@ def _draw_directions(axes: Axes, mean: float, width: float) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8.5, loc="upper center")
     _plain(axes)
-
-
-# Token by token
-
-STRIP_COLUMNS = 96  # characters in a line
-STRIP_ALT = "A text, token by token: the darker the box, the higher the KL; its nats are written below the token."
-
-
-def kl_strip_figure(tokens: Sequence[str], kl: Sequence[float] | Tensor) -> Figure:
-    """Return a text with each token in a box, coloured by its KL, with the nats written below.
-
-    Raises ValueError if there is not one finite KL for each of one or more tokens.
-    """
-    values = torch.as_tensor(kl, dtype=torch.float64)
-    if not tokens or len(tokens) != len(values) or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{len(tokens)} tokens and {len(values)} KLs: a strip needs one finite KL for each token")
-    places, lines = _wrapped(tokens)
-    figure = Figure(figsize=(9.6, 0.3 + 0.44 * lines), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlim=(0, STRIP_COLUMNS), ylim=(lines - 0.05, -0.05))
-    axes.set_axis_off()
-    scale = Normalize(0, max(values.max().item(), 1e-6))
-    for token, value, (left, line, width) in zip(tokens, values.tolist(), places, strict=True):
-        _draw_token(axes, _visible(token), value, scale(value), left, line, width)
-    return figure
-
-
-def kl_strip(tokens: Sequence[str], kl: Sequence[float] | Tensor) -> Picture:
-    """Return `kl_strip_figure` as notebook output."""
-    return Picture(kl_strip_figure(tokens, kl), STRIP_ALT)
-
-
-def _visible(token: str) -> str:
-    return token.replace("\n", "⏎").replace("\t", "⇥")
-
-
-def _wrapped(tokens: Sequence[str]) -> tuple[list[tuple[float, int, float]], int]:
-    """Return each token's (left, line, width) in characters, and the number of lines."""
-    places, left, line = [], 0.0, 0
-    for token in tokens:
-        width = min(max(len(_visible(token)) + 1, 5), STRIP_COLUMNS)
-        if left + width > STRIP_COLUMNS:
-            left, line = 0.0, line + 1
-        places.append((left, line, float(width)))
-        left += width
-    return places, line + 1
-
-
-def _draw_token(axes: Axes, token: str, kl: float, shade: float, left: float, line: int, width: float) -> None:
-    color = colormaps["Blues"](0.85 * shade)
-    ink = "white" if shade > 0.78 else "black"
-    axes.add_patch(Rectangle((left, line), width - 0.2, 0.9, facecolor=color, edgecolor="#CCCCCC", linewidth=0.5))
-    middle = left + (width - 0.2) / 2
-    style: dict[str, Any] = {"ha": "center", "va": "center", "family": "monospace", "color": ink, "parse_math": False}
-    axes.text(middle, line + 0.3, token, fontsize=8, **style)
-    axes.text(middle, line + 0.7, f"{kl:.2f}", fontsize=6, **style)
 
 
 # By samples

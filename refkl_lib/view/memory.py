@@ -19,7 +19,7 @@ from refkl_lib.memory.ledger import MemoryLedger, Thing
 from refkl_lib.memory.meters import Meter, read_meter
 from refkl_lib.units import show_bytes
 from refkl_lib.view.figures import OTHER, timeline_figure
-from refkl_lib.view.panel import OWNER_STYLES, MimeBundle, static_face
+from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, static_face
 
 
 class MemoryPanel:
@@ -51,7 +51,7 @@ class MemoryPanel:
 
     def __enter__(self) -> Self:
         # Displayed empty and filled afterwards: the stored output then holds no number that varies.
-        display(_Live(self.widget))
+        display(Live(self.widget))
         self.ledger.__enter__()
         self._sampler.start()
         return self
@@ -66,17 +66,6 @@ class MemoryPanel:
     def _sample(self) -> None:
         while not self._stop.wait(self._pause):
             self.widget.value = readout_html(self.ledger.now(), self.ledger.peak(), read_meter(pss=False))
-
-
-class _Live:
-    """The widget as an output whose text stays true after the widget has gone."""
-
-    def __init__(self, widget: widgets.HTML) -> None:
-        self._widget = widget
-
-    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
-        text = "(a live readout, while the cell runs)"
-        return self._widget._repr_mimebundle_() | {"text/plain": text, "text/html": f"<em>{text}</em>"}
 
 
 def readout_html(now: Mapping[str, int], peak: Mapping[str, int], meter: Meter) -> str:

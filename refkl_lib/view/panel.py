@@ -68,6 +68,17 @@ class Picture:
         return static_face(self.figure, self.alt)
 
 
+class Live:
+    """A readout of a running cell, as an output whose text stays true after the widget has gone."""
+
+    def __init__(self, widget: widgets.HTML) -> None:
+        self._widget = widget
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
+        text = "(a live readout, while the cell runs)"
+        return self._widget._repr_mimebundle_() | {"text/plain": text, "text/html": f"<em>{text}</em>"}
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG on white, which both the light and the dark theme can show."""
     file = BytesIO()

@@ -71,7 +71,8 @@ class StrategyPanel(Panel):
         return runs_figure(self.runs)
 
     def _tell(self, event: dict[str, Any]) -> None:
-        self._show(describe(event))
+        if line := describe(event):
+            self._show(line)
 
     def _show(self, text: str, kind: str = "status") -> None:
         self.status.value = message(text, kind)
