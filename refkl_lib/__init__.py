@@ -44,7 +44,7 @@ _HOME_OF = {
     "launch_zero3": "ranks.launch",
     "print_event": "ranks.events",
     "ZeRO3Run": "ranks.launch",
-    "shards": "ranks.shards",
+    "copy_under_zero3": "ranks.copies",
     "shards": "ranks.shards",
     "run_strategy": "comparison",
     "StrategyRun": "comparison",
