@@ -49,8 +49,8 @@ def _draw(axes: Axes, row: int, shard: Shard) -> None:
     for place in range(shard.numel + shard.padding):
         rank = place // shard.per_rank
         left, real = place + GAP * rank, place < shard.numel
-        face = COLORS[rank] if real else "white"
-        edge = {"edgecolor": "#444444", "linewidth": 0.8, "linestyle": "-" if real else "--"}
-        axes.add_patch(Rectangle((left, row), 0.84, 0.8, facecolor=face, **edge))
+        face, line = (COLORS[rank], "-") if real else ("white", "--")
+        square = Rectangle((left, row), 0.84, 0.8, facecolor=face, edgecolor="#444444", linewidth=0.8, linestyle=line)
+        axes.add_patch(square)
         if real:
             axes.text(left + 0.42, row + 0.4, str(rank), ha="center", va="center", fontsize=9)
