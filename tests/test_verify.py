@@ -5,6 +5,7 @@ import torch
 from training import train
 
 from refkl_lib import (
+    AdapterReference,
     CloneReference,
     add_lora,
     create_reference,
@@ -118,3 +119,17 @@ def test_reloading_by_path_loses_a_change_in_memory(policy, batch):
     policy.model.norm.weight.data *= 1.5
     reloaded = CloneReference(load_model("pocket"))
     assert "not the model that training starts from" in only_finding(policy, reloaded, batch)
+
+
+class PlainSwitch(AdapterReference):
+    """The adapter switched off as PEFT does it."""
+
+    def logits(self, **inputs):
+        with torch.no_grad(), self.policy.disable_adapter():
+            return self.policy(**inputs, use_cache=False).logits
+
+
+def test_a_pass_that_thaws_what_was_frozen_on_purpose_is_found(policy, batch):
+    policy = add_lora(policy, rank=4).eval()
+    policy.base_model.model.model.layers[0].self_attn.q_proj.lora_A.default.weight.requires_grad_(False)
+    assert "changes the policy's training modes or requires_grad" in only_finding(policy, PlainSwitch(policy), batch)

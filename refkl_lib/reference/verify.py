@@ -72,6 +72,7 @@ def verify_reference(
     passes agree (no dropout), a pass carries no gradient and leaves the policy as it was.
     Under ZeRO-3 every rank must call this.
     """
+    state = _state(policy)  # before any pass, for one is enough to change it
     difference, kl, findings = _distance(policy, reference, batch)
     if since is None and difference is not None:
         findings += _parity(policy, difference)
@@ -79,7 +80,9 @@ def verify_reference(
     if since is not None and fingerprint != since.fingerprint:
         findings.append("its weights have changed since the earlier report")
     findings += _trains(policy, reference)
-    findings += _passes(policy, reference, batch)
+    findings += _passes(reference, batch)
+    if _state(policy) != state:
+        findings.append("a pass changes the policy's training modes or requires_grad flags")
     return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings))
 
 
@@ -117,16 +120,13 @@ def _trains(policy: nn.Module, reference: Reference) -> Iterator[str]:
         yield f"{shared[0]!r} shares storage with a policy weight that trains ({len(shared)} in all)"
 
 
-def _passes(policy: nn.Module, reference: Reference, batch: dict[str, Any]) -> Iterator[str]:
-    before = _state(policy)
+def _passes(reference: Reference, batch: dict[str, Any]) -> Iterator[str]:
     with torch.enable_grad():
         first, second = reference.logits(**batch), reference.logits(**batch)
     if first.requires_grad:
         yield "its logits carry a gradient"
     if not torch.equal(first, second):
         yield "two passes over the same batch differ: is dropout on?"
-    if _state(policy) != before:
-        yield "a pass changes the policy's training modes or requires_grad flags"
 
 
 def _state(policy: nn.Module) -> tuple[list[bool], list[bool]]:
