@@ -30,7 +30,8 @@ class StrategyRun:
 
     `kl` is KL(policy‖reference) in nats per token, before each step. `owners` are bytes at the peak of a
     step, `reference_bytes` what the reference holds beyond the policy; with several ranks both are those of
-    the fullest. `step_seconds` and `reference_seconds` (the reference's part of a step) are medians.
+    the fullest, and what is gathered there counts as activations. `step_seconds` and `reference_seconds` (the
+    reference's part of a step) are medians.
     `lora_rank` is None for full fine-tuning.
     """
 
@@ -50,12 +51,14 @@ class StrategyRun:
         """Return what a job of several ranks has shown, on the rank that held most at its peak."""
         fullest = max(run.ranks, key=lambda report: sum(report.peak.values()))
         settings = {name: run.settings[name] for name in ("lora_rank", "batch", "seq")}
+        owners = dict(fullest.peak)
+        owners["activations"] += owners.pop("gathered")
         return cls(
-            "zero3",
+            run.settings["reference"],
             **settings,
             ranks=len(run.ranks),
             kl=run.kl,
-            owners=fullest.peak,
+            owners=owners,
             reference_bytes=fullest.reference_bytes,
             step_seconds=median(run.step_seconds),
             reference_seconds=median(run.reference_seconds),

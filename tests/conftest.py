@@ -1,9 +1,13 @@
-"""What all tests share: the same environment variables everywhere, and no test that is skipped unseen."""
+"""What all tests share: the same environment variables everywhere, no network, and no test that is skipped unseen."""
 
 import os
+import random
 import shutil
 import tempfile
+import uuid
 from collections.abc import Generator, Iterator
+from itertools import groupby
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,6 +24,9 @@ LAUNCHER = [
     "MASTER_PORT",
     "DS_ACCELERATOR",
 ]
+OFFLINE = Path(__file__).parent / "offline"
+# Any order of the notebooks is right. A run says which it took, and can be asked to take it again.
+ORDER = os.environ.get("REFKL_ORDER") or str(random.randrange(1000))
 
 
 def pytest_configure() -> None:
@@ -27,6 +34,20 @@ def pytest_configure() -> None:
         os.environ.pop(name, None)
     # A learner's own progress is not for tests, nor for the kernels that run the notebooks.
     os.environ["REFKL_DATA"] = tempfile.mkdtemp(prefix="refkl-")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+
+
+def pytest_report_header() -> str:
+    return f"order of the notebooks: REFKL_ORDER={ORDER}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shuffle the notebooks, which come last, and leave each one's cells in order."""
+    tests = [item for item in items if item.path.suffix != ".ipynb"]
+    cells = [item for item in items if item.path.suffix == ".ipynb"]
+    notebooks = [list(group) for _, group in groupby(cells, lambda cell: cell.path)]
+    random.Random(ORDER).shuffle(notebooks)
+    items[:] = [*tests, *(cell for notebook in notebooks for cell in notebook)]
 
 
 def pytest_unconfigure() -> None:
@@ -37,6 +58,25 @@ def pytest_unconfigure() -> None:
 def _own_environment() -> Iterator[None]:
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="module")
+def mark() -> Iterator[str]:
+    """Mark the environment that every process started from here inherits, orphans as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        mark = uuid.uuid4().hex
+        patch.setenv("REFKL_TEST", mark)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield mark
+
+
+@pytest.fixture
+def nothing_left(mark: str) -> Iterator[None]:
+    """Fail a test that leaves a process."""
+    from faults import descendants  # which imports torch; most tests do without
+
+    yield
+    assert descendants(mark) == []
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,12 +1,17 @@
-"""In CI a skipped test is a failed one; no test inherits a launcher's variables or leaves its own behind."""
+"""What holds for all tests: their own variables, no network in kernels, notebooks in any order, and in CI no skips."""
 
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 from checkout import ROOT
+from nbclient import NotebookClient
+from solved import cells
 
 TESTS = {
     "test_one.py": """
@@ -52,3 +57,41 @@ def test_a_skip_is_a_failure_where_nothing_may_lack(run_pytest):
     assert "1 failed, 2 passed, 1 xfailed, 1 error" in output
     assert "no compiler" in output
     assert "no_such_module" in output
+
+
+ASKS = """
+import socket, urllib.request
+with socket.create_server(("127.0.0.1", 0)) as server:
+    socket.create_connection(server.getsockname()).close()
+for ask in (lambda: socket.create_connection(("192.0.2.1", 80)), lambda: urllib.request.urlopen("http://192.0.2.1")):
+    try:
+        ask()
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_a_kernel_reaches_this_machine_and_no_other():
+    notebook = cells(ASKS)
+    NotebookClient(notebook, kernel_name="python3", timeout=60).execute()
+    said = notebook.cells[0].outputs[0].text
+    assert said.count("the network is off in tests: nothing may be asked of 192.0.2.1") == 2
+
+
+def collected(order, monkeypatch):
+    monkeypatch.setattr(conftest, "ORDER", order)
+    names = ["a.ipynb", "a.ipynb", "test_x.py", "b.ipynb", "b.ipynb", *(f"{n}.ipynb" for n in range(5))]
+    items = [SimpleNamespace(path=Path(name), place=place) for place, name in enumerate(names)]
+    conftest.pytest_collection_modifyitems(items)
+    return [item.place for item in items]
+
+
+def test_notebooks_come_last_in_an_order_that_the_header_names(monkeypatch):
+    one, again, other = (collected(order, monkeypatch) for order in ("1", "1", "2"))
+    assert "REFKL_ORDER=2" in conftest.pytest_report_header()
+    assert one == again != other
+    for places in (one, other):
+        assert sorted(places) == list(range(10))
+        assert places[0] == 2  # the test
+        assert places[places.index(0) + 1] == 1  # a notebook's own cells
+        assert places[places.index(3) + 1] == 4

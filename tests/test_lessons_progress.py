@@ -1,6 +1,8 @@
 """Predictions and the file that remembers them."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -10,14 +12,19 @@ import torch
 from filelock import FileLock
 
 from refkl_lib import check, predict, progress, reveal
-from refkl_lib.lessons import store
+from refkl_lib.lessons import course, store
 from refkl_lib.lessons.kl import k3
+from refkl_lib.lessons.progress import Prediction
 
 
 @pytest.fixture(autouse=True)
 def file(tmp_path, monkeypatch):
     monkeypatch.setenv("REFKL_DATA", str(tmp_path / "data"))
     return tmp_path / "data" / "progress.json"
+
+
+def guessed():
+    return tuple(prediction for prediction in progress().predictions if prediction.guess is not None)
 
 
 def test_guess_truth_and_ratio_are_shown():
@@ -38,18 +45,18 @@ def test_a_later_guess_replaces_the_first_and_awaits_its_measurement():
     predict("q", 1)
     reveal("q", 2)
     predict("q", 4)
-    assert progress().predictions == (("q", "4", "not yet", ""),)
+    assert guessed() == (Prediction("q", guess=4.0),)
 
 
 def test_a_question_without_a_guess_is_measured_all_the_same():
     assert reveal("q", 0.25) == 'q: measured 0.25; no guess was made with predict("q", …).'
-    assert progress().predictions == ()
+    assert guessed() == ()
 
 
 def test_dots_are_no_guess_yet():
     predict("q", 5)
     assert "no guess yet" in predict("q", ...)
-    assert progress().predictions == (("q", "5", "not yet", ""),)
+    assert guessed() == (Prediction("q", guess=5.0),)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,15 @@ def test_what_is_not_one_number_is_refused_and_nothing_is_kept(value, error, fil
     assert not file.exists()
 
 
-def test_progress_shows_predictions_and_every_exercise():
+@pytest.fixture
+def two_notebooks(monkeypatch):
+    monkeypatch.setattr("refkl_lib.lessons.progress.PREDICTIONS", ("02.clone", "05.kl", "05.share"))
+    known = ("02.freeze", "05.k3", "05.direction")
+    monkeypatch.setattr("refkl_lib.lessons.progress.exercises", lambda: dict.fromkeys(known))
+
+
+def test_progress_prints_every_prediction_and_exercise(two_notebooks):
+    predict("mine", 7)
     predict("05.kl", 0.5)
     reveal("05.kl", 0.25, unit="nats")
     check("05.k3", k3)
@@ -92,22 +107,34 @@ def test_progress_shows_predictions_and_every_exercise():
     check("05.reward", ...)
     assert repr(progress()) == (
         "prediction  guess     measured   measured / guess\n"
+        "02.clone    open\n"
         "05.kl       0.5 nats  0.25 nats  0.50\n"
+        "05.share    open\n"
+        "mine        7         not yet\n"
         "\n"
-        "exercise        state   tries\n"
-        "05.k3           solved  2\n"
-        "05.direction    tried   1\n"
-        "05.masked_mean  open    0\n"
-        "05.reward       open    0"
+        "exercise      state   tries\n"
+        "02.freeze     open    0\n"
+        "05.k3         solved  2\n"
+        "05.direction  tried   1"
     )
 
 
-def test_the_table_is_html_too_and_what_a_learner_typed_is_not():
-    predict("<b>", 1)
-    html = progress()._repr_html_()
-    assert html.count("<table>") == 2
-    assert "&lt;b&gt;" in html
-    assert "<b>" not in html
+def test_progress_has_all_that_the_course_asks_for():
+    assert [prediction.question for prediction in progress().predictions] == list(course.PREDICTIONS)
+    assert [attempt.exercise for attempt in progress().exercises] == list(course.exercises())
+
+
+def test_progress_is_a_picture_for_eyes_and_ears_and_a_table_for_a_terminal(two_notebooks):
+    predict("05.kl", 0.5)
+    reveal("05.kl", 0.25)
+    data, _ = progress()._repr_mimebundle_()
+    assert data["text/plain"] == repr(progress())
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    [alt] = re.findall(r'^<img [^>]*alt="([^"]*)"[^>]*>$', data["text/html"])
+    assert alt == (
+        "Predictions: 1 of 3 measured, 1 within a factor of 2; for each, measured / guess on an axis. "
+        "Exercises: 0 of 3 solved, 0 tried."
+    )
 
 
 def test_an_untouched_stub_writes_nothing(file):
@@ -119,7 +146,7 @@ def test_the_file_can_be_deleted(file):
     predict("q", 1)
     assert progress().file == file
     file.unlink()
-    assert progress().predictions == ()
+    assert guessed() == ()
     predict("q", 2)
     assert json.loads(file.read_text())["predictions"] == {"q": {"guess": 2.0}}
 
@@ -144,7 +171,7 @@ def test_a_file_that_cannot_be_understood_is_set_aside(broken, file):
         file.write_bytes(broken)
         with pytest.warns(UserWarning, match=f"it is now progress.unreadable-{count}.json"):
             predict("q", 1)
-        assert progress().predictions == (("q", "1", "not yet", ""),)
+        assert guessed() == (Prediction("q", guess=1.0),)
         assert file.with_name(f"progress.unreadable-{count}.json").read_bytes() == broken
 
 
@@ -152,7 +179,7 @@ def test_two_kernels_at_once_lose_nothing():
     code = "from refkl_lib import predict; import sys; [predict(f'{sys.argv[1]}-{n}', n) for n in range(50)]"
     kernels = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b", "c")]
     assert [kernel.wait() for kernel in kernels] == [0, 0, 0]
-    assert len(progress().predictions) == 150
+    assert len(guessed()) == 150
 
 
 def test_threads_of_one_kernel_lose_nothing():
@@ -161,7 +188,7 @@ def test_threads_of_one_kernel_lose_nothing():
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(progress().predictions) == 20
+    assert len(guessed()) == 20
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(file, monkeypatch):

@@ -1,10 +1,12 @@
 """The stored notebooks are fit to read, and what makes them so can tell."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 from checkout import ROOT
 from nbclient.exceptions import CellExecutionError
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.notebooks import CELL_LINES, METADATA, WIDGET_VIEW, faults, main, run, stored
 
@@ -13,17 +15,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_stored_notebook_has_no_fault(path):
-    assert list(faults(nbformat.read(path, as_version=4))) == []
+    assert list(faults(nbformat.read(path, as_version=4), path)) == []
+
+
+SMALL = Path("small.ipynb")
 
 
 def notebook(source="# NBVAL_CHECK_OUTPUT\n1 + 1", output=None, count=1, **metadata):
     outputs = [output or new_output("execute_result", {"text/plain": "2"}, execution_count=1)]
     cell = new_code_cell(source, execution_count=count, outputs=outputs)
-    return new_notebook(cells=[cell], metadata={**METADATA, **metadata})
+    return new_notebook(cells=[new_markdown_cell("# Small"), cell], metadata={**METADATA, **metadata})
 
 
 def test_a_good_notebook_has_no_fault():
-    assert list(faults(notebook())) == []
+    assert list(faults(notebook(), SMALL)) == []
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,7 @@ def test_a_good_notebook_has_no_fault():
             notebook(widgets={"application/vnd.jupyter.widget-state+json": {}}),
             "`make notebooks` would remove",
         ),
-        (notebook(output=new_output("display_data", {WIDGET_VIEW: {}, "image/png": ""})), "would remove"),
+        (notebook(output=new_output("display_data", {WIDGET_VIEW: {}, "text/html": ""})), "would remove"),
         (notebook(kernelspec={"name": "my-env", "display_name": "Mine"}), "would remove"),
         (notebook(count=None), "not run once each, from top to bottom"),
         (notebook(count=2), "not run once each, from top to bottom"),
@@ -43,34 +48,36 @@ def test_a_good_notebook_has_no_fault():
         (notebook(output=new_output("stream", name="stderr", text="Warning")), "wrote to stderr"),
         (notebook(output=new_output("stream", text="/home/ada/kit/x.py")), "a path of the machine"),
         (notebook(output=new_output("display_data", {"text/html": f"in {ROOT}/x"})), "a path of the machine"),
+        (notebook(output=new_output("display_data", {"image/png": ""})), "a picture without an alt text"),
     ],
 )
 def test_a_fault_is_named(bad, fault):
-    [found] = faults(bad)
+    [found] = faults(bad, SMALL)
     assert fault in found
 
 
 def saved(folder, *sources):
     path = folder / "small.ipynb"
-    nbformat.write(new_notebook(cells=[new_code_cell(source) for source in sources]), path)
+    cells = [new_markdown_cell("# Small"), *map(new_code_cell, sources)]
+    nbformat.write(new_notebook(cells=cells), path)
     return path
 
 
 FACE = f"""
 class Panel:
     def _repr_mimebundle_(self, **_):
-        return {{{WIDGET_VIEW!r}: {{}}, "image/png": "", "text/plain": "a panel"}}
+        return {{{WIDGET_VIEW!r}: {{}}, "text/html": "<img alt='a panel'>", "text/plain": "a panel"}}
 Panel()
 """
 
 
 def test_a_run_keeps_numbers_and_pictures_and_no_widgets(tmp_path):
     result = run(saved(tmp_path, "import os; os.getcwd()", FACE, "# NBVAL_CHECK_OUTPUT\n6 * 7"))
-    here, panel, number = [cell.outputs[0].data for cell in result.cells]
+    here, panel, number = [cell.outputs[0].data for cell in result.cells[1:]]
     assert here["text/plain"] == repr(str(tmp_path))
-    assert panel == {"image/png": "", "text/plain": "a panel"}
+    assert panel == {"text/html": "<img alt='a panel'>", "text/plain": "a panel"}
     assert number["text/plain"] == "42"
-    assert list(faults(result)) == []
+    assert list(faults(result, SMALL)) == []
 
 
 def test_running_twice_stores_the_same(tmp_path):
@@ -102,12 +109,12 @@ def test_check_says_which_notebook_has_which_fault(tmp_path, capsys):
 
 
 def test_a_widget_without_a_picture_is_refused(tmp_path):
-    bare = FACE.replace('"image/png": "", ', "")
+    bare = FACE.replace('"text/html": "<img alt=\'a panel\'>", ', "")
     with pytest.raises(ValueError, match=r"In \[2\] shows a widget that has no picture"):
         run(saved(tmp_path, "1", bare))
 
 
 def test_notes_of_the_editor_are_not_stored():
     edited = notebook()
-    edited.cells[0].metadata.update(collapsed=True, execution={"iopub.status.busy": "now"}, tags=["hide-input"])
-    assert stored(edited).cells[0].metadata == {"tags": ["hide-input"]}
+    edited.cells[1].metadata.update(collapsed=True, execution={"iopub.status.busy": "now"}, tags=["hide-input"])
+    assert stored(edited).cells[1].metadata == {"tags": ["hide-input"]}

@@ -7,8 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,61 +15,61 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from faults import SECONDS_TO_END, descendants, failing, wait_until
 from training import train
 
+from refkl_lib.comparison import StrategyRun
+from refkl_lib.memory.ledger import OWNERS
 from refkl_lib.models import load_model
+from refkl_lib.models.cache import write_whole
 from refkl_lib.ranks import launch
-from refkl_lib.ranks.events import read_event
-from refkl_lib.ranks.launch import RankError, ZeRO3Run, launch_zero3
+from refkl_lib.ranks.events import print_event, read_event
+from refkl_lib.ranks.launch import RankError, RankReport, ZeRO3Run, launch_zero3
+from refkl_lib.ranks.shards import Shard, shards
 from refkl_lib.reference.adapter import add_lora
 from refkl_lib.reference.clone import CloneReference
+from refkl_lib.tensors import storage_bytes
 from refkl_lib.text import sample_batch
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="real ranks need Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="real ranks need Linux"),
+    pytest.mark.usefixtures("nothing_left"),
+]
 
-SECONDS_TO_END = 5.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def mark() -> Iterator[str]:
-    """Mark the environment that every process started from here inherits, orphans as well."""
-    with pytest.MonkeyPatch.context() as patch:
-        mark = uuid.uuid4().hex
-        patch.setenv("REFKL_TEST", mark)
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        yield mark
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(mark: str) -> Iterator[None]:
-    yield
-    assert descendants(mark) == []
-
-
-def descendants(mark: str) -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if process.pid != os.getpid() and is_marked(process, mark)]
-
-
-def is_marked(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get("REFKL_TEST") == mark
-    except psutil.Error:
-        return False
+BUCKET = 4 * 300_000  # bytes in which gradients are reduced: the "reduce_bucket_size" of the job
+LORA: dict[str, Any] = {"steps": 2, "lora_rank": 4, "batch": 2, "seq": 32}
 
 
 @pytest.fixture(scope="module")
-def runs(mark: str) -> dict[str, Any]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the trained policy of `full` is in."""
+    return tmp_path_factory.mktemp("saved") / "new" / "policy"
+
+
+@pytest.fixture(scope="module")
+def runs(mark: str, saved: Path) -> dict[str, Any]:
     """Two jobs that run at the same time, one that trains all weights on two ranks, one an adapter on one."""
     heard: list[tuple[float, dict[str, Any]]] = []
     with ThreadPoolExecutor() as pool:
-        full = pool.submit(launch_zero3, 2, on_event=lambda event: heard.append((time.time(), event)))
-        lora = pool.submit(launch_zero3, 1, steps=2, lora_rank=4, batch=2, seq=32)
+        full = pool.submit(launch_zero3, 2, save_to=saved, on_event=lambda event: heard.append((time.time(), event)))
+        lora = pool.submit(launch_zero3, 1, **LORA)
         return {"full": full.result(), "lora": lora.result(), "heard": heard}
 
 
 @pytest.fixture
 def full(runs: dict[str, Any]) -> ZeRO3Run:
     return runs["full"]
+
+
+@pytest.fixture(scope="module")
+def kinds(mark: str) -> dict[str, ZeRO3Run]:
+    """The same adapter trained on two ranks beside a reference that is kept in each way."""
+    options: dict[str, dict[str, Any]] = {
+        "zero3": {"offload": "cpu"},
+        "plain": {"reference": "plain"},
+        "adapter": {"reference": "adapter"},
+    }
+    return {kind: launch_zero3(2, **LORA, **option) for kind, option in options.items()}
 
 
 def kl_of_one_process(steps: int, lora_rank: int | None, batch: int, seq: int) -> list[float]:
@@ -87,8 +86,8 @@ def kl_of_one_process(steps: int, lora_rank: int | None, batch: int, seq: int) -
 
 def test_kl_is_that_of_a_single_process_with_a_clone(runs: dict[str, Any]) -> None:
     # AdamW's first steps are lr·sign(gradient), which makes much of the rounding of small gradients.
-    assert runs["full"].kl == pytest.approx(kl_of_one_process(3, None, 1, 64), rel=5e-3)
-    assert runs["lora"].kl == pytest.approx(kl_of_one_process(2, 4, 2, 32), rel=5e-3)
+    assert runs["full"].kl == pytest.approx(kl_of_one_process(steps=3, lora_rank=None, batch=1, seq=64), rel=5e-3)
+    assert runs["lora"].kl == pytest.approx(kl_of_one_process(**LORA), rel=5e-3)
 
 
 def test_kl_is_zero_before_training_and_positive_after_a_step(runs: dict[str, Any]) -> None:
@@ -98,17 +97,30 @@ def test_kl_is_zero_before_training_and_positive_after_a_step(runs: dict[str, An
             assert min(report.kl[1:]) > 1e-6
 
 
-def test_each_rank_holds_its_share_of_both_models(full: ZeRO3Run) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_each_rank_holds_its_share_of_both_models(ranks: int, full: ZeRO3Run) -> None:
+    run = full if ranks == 2 else launch_zero3(ranks, steps=2)  # at the second step, the optimizer has its moments
     model = load_model("pocket", device="cpu")
+    cut = shards(model, ranks)
+    share = sum(shard.bytes_per_rank for shard in cut)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    shards = sum(-(-parameter.numel() // 2) * 4 for parameter in model.parameters())
-    for report in full.ranks:
-        assert report.policy_bytes == report.reference_bytes == shards + buffers
-        assert 3 * shards <= report.optimizer_bytes < 3 * shards + 1000  # the weights to work on, two moments
-        assert report.peak["reference"] >= report.reference_bytes
+    assert len(run.ranks) == ranks
+    for report in run.ranks:
+        assert report.policy_bytes == report.reference_bytes == share + buffers
+        assert report.gradient_bytes == share + BUCKET
+        assert 3 * share <= report.optimizer_bytes < 3 * share + 1000  # the weights to work on, two moments
+        assert report.peak["policy"] == report.policy_bytes
+        assert report.peak["reference"] == report.reference_bytes
         assert report.peak["optimizer"] == report.optimizer_bytes
         assert report.peak["gradients"] == report.gradient_bytes
         assert report.peak["activations"] > 0
+        assert is_gathered_layer_by_layer(report, cut)
+
+
+def is_gathered_layer_by_layer(report: RankReport, cut: Sequence[Shard]) -> bool:
+    """Tell whether the largest weight was whole at some moment, and the model at none; one rank gathers nothing."""
+    held = [shard.bytes_per_rank * shard.ranks for shard in cut]
+    return report.gather_peak == 0 if cut[0].ranks == 1 else max(held) <= report.gather_peak < sum(held) / 4
 
 
 def test_a_single_rank_holds_everything_and_an_adapter_trains_little(runs: dict[str, Any]) -> None:
@@ -127,18 +139,86 @@ def test_all_ranks_hold_the_same_weights_and_the_reference_never_moves(full: ZeR
     assert trained != clone
 
 
+def test_memory_is_told_as_it_grows_and_no_peak_is_missed(runs: dict[str, Any]) -> None:
+    (report,) = runs["lora"].ranks
+    seconds = [at for at, _ in report.timeline]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    assert {tuple(owners) for _, owners in report.timeline} == {(*OWNERS, "gathered")}
+    policy_alone, both = (owners for _, owners in report.timeline[:2])
+    assert policy_alone["policy"] == both["policy"] > 0
+    assert sum(policy_alone.values()) == policy_alone["policy"]
+    assert sum(both.values()) == both["policy"] + report.reference_bytes
+    assert max(sum(owners.values()) for _, owners in report.timeline) == sum(report.peak.values())
+
+
+def test_memory_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_event({"event": "memory", "rank": 0, "at": 0.0, "owners": {}})
+    print_event({"event": "loaded", "rank": 0, "at": 0.0})
+    assert capsys.readouterr().out == "rank 0: loaded\n"
+
+
+def test_a_reference_kept_in_any_way_is_the_same_model_with_the_same_kl(
+    kinds: dict[str, ZeRO3Run], runs: dict[str, Any]
+) -> None:
+    clone = CloneReference(load_model("pocket", device="cpu")).fingerprint()
+    for run in kinds.values():
+        assert run.kl == pytest.approx(runs["lora"].kl, rel=5e-3, abs=1e-6)
+        assert {report.kl for report in run.ranks} == {run.kl}
+        assert {report.reference_fingerprint_before for report in run.ranks} == {clone}
+        assert {report.reference_fingerprint for report in run.ranks} == {clone}
+
+
+def test_a_reference_costs_what_its_kind_says(kinds: dict[str, ZeRO3Run]) -> None:
+    model = load_model("pocket", device="cpu")
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    share = sum(shard.bytes_per_rank for shard in shards(model, 2)) + buffers
+    costs = {"zero3": share, "plain": storage_bytes(model), "adapter": 0}
+    for kind, run in kinds.items():
+        for report in run.ranks:
+            assert report.reference_bytes == report.peak["reference"] == costs[kind]
+
+
+def test_a_pass_with_the_adapter_off_leaves_no_layer_gathered(kinds: dict[str, ZeRO3Run]) -> None:
+    cut = shards(load_model("pocket", device="cpu"), 2)
+    assert all(is_gathered_layer_by_layer(report, cut) for report in kinds["adapter"].ranks)
+
+
+def test_ranks_are_a_strategy_run_with_all_bytes_of_the_peak(kinds: dict[str, ZeRO3Run]) -> None:
+    for kind, run in kinds.items():
+        of_ranks = StrategyRun.from_ranks(run)
+        assert of_ranks.name == f"{kind}, LoRA 4, each of 2"
+        assert of_ranks.peak == max(sum(report.peak.values()) for report in run.ranks)
+        assert tuple(of_ranks.owners) == OWNERS
+
+
+def test_a_saved_policy_is_the_model_and_the_reference_of_the_next_run(full: ZeRO3Run, saved: Path) -> None:
+    trained = full.ranks[0].policy_fingerprint
+    policy = CloneReference(load_model(saved, device="cpu"))
+    assert policy.fingerprint() == trained
+    assert [path.name for path in saved.parent.iterdir()] == ["policy"]
+    batch = sample_batch("pocket", 1, 64)
+    assert sample_batch(saved, 1, 64)["input_ids"].equal(batch["input_ids"])
+    run = launch_zero3(2, str(saved), steps=1)
+    for report in run.ranks:
+        assert report.reference_fingerprint == trained
+        assert report.kl[0] == pytest.approx(0.0, abs=1e-6)
+        # At step 0 the loss is the cross-entropy alone, of the policy that was loaded.
+        assert report.loss[0] == pytest.approx(-policy.log_probs(**batch).mean().item(), rel=1e-5)
+
+
 def test_events_come_while_the_job_runs_one_per_rank_and_step(runs: dict[str, Any]) -> None:
     events = [event for _, event in runs["heard"]]
     for rank in (0, 1):
-        said = [event["event"] for event in events if event["rank"] == rank]
-        assert said == ["started", "imported", "loaded", "initialised", "step", "step", "step", "done"]
+        said = [event["event"] for event in events if event["rank"] == rank and event["event"] != "memory"]
+        assert said == ["started", "imported", "loaded", "initialised", "step", "step", "step", "saved", "done"]
         assert [e["step"] for e in events if e["event"] == "step" and e["rank"] == rank] == [0, 1, 2]
     heard_first, end = runs["heard"][0][0], events[-1]["at"]
     assert heard_first < end - sum(runs["full"].step_seconds)
 
 
 def test_time_is_accounted_for(full: ZeRO3Run) -> None:
-    assert list(full.seconds) == ["start", "load", "initialise", "steps", "finish"]
+    assert list(full.seconds) == ["start", "load", "initialise", "steps", "save", "finish"]
     assert min(full.seconds.values()) > 0
     assert full.seconds["steps"] >= sum(full.step_seconds) * 0.9
     assert all(0 < part < whole for part, whole in zip(full.reference_seconds, full.step_seconds, strict=True))
@@ -146,7 +226,7 @@ def test_time_is_accounted_for(full: ZeRO3Run) -> None:
 
 def test_it_shows_as_a_table(full: ZeRO3Run) -> None:
     head, *lines = repr(full).splitlines()
-    assert head.split()[:6] == ["rank", "policy", "reference", "gradients", "optimizer", "peak"]
+    assert head.split()[:7] == ["rank", "policy", "reference", "gradients", "optimizer", "gathered", "peak"]
     assert [line.split()[0] for line in lines] == ["0", "1"]
     assert "2.9 MiB" in lines[0]
     assert f"{full.kl[2]:.3f}" in lines[0]
@@ -161,26 +241,19 @@ def test_nothing_is_printed_but_the_log_has_it(full: ZeRO3Run, capfd: pytest.Cap
     assert "runner.py" in full.log
 
 
-def test_the_command_runs_in_a_shell_without_any_compiler(full: ZeRO3Run, tmp_path: Path) -> None:
+def test_the_command_runs_in_a_shell_without_any_compiler(kinds: dict[str, ZeRO3Run], tmp_path: Path) -> None:
+    first = kinds["adapter"]
     (tmp_path / "env").symlink_to(shutil.which("env") or "")
     bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "REFKL_TEST": os.environ["REFKL_TEST"]}
     bare |= {name: os.environ[name] for name in ("REFKL_CACHE",) if name in os.environ}
-    run = subprocess.run(full.command, shell=True, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(first.command, shell=True, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     events = [event for line in run.stdout.splitlines() if (event := read_event(line))]
     for rank in (0, 1):
-        assert [e["kl"] for e in events if e["event"] == "step" and e["rank"] == rank] == list(full.kl)
+        assert [e["kl"] for e in events if e["event"] == "step" and e["rank"] == rank] == list(first.kl)
 
 
 # What goes wrong
-
-
-def failing(fault: str, timeout: float = 100.0, **options: Any) -> RankError:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAULT", fault)
-        with pytest.raises(RankError) as caught:
-            launch_zero3(2, worker="faulty_worker", timeout=timeout, **options)
-    return caught.value
 
 
 def ended_quickly(since: float) -> bool:
@@ -234,6 +307,35 @@ def test_a_rank_that_hangs_is_ended_and_says_where_it_was() -> None:
     assert str(error).count("in _hang") == 2
 
 
+def test_shards_on_a_disk_need_an_operator_that_is_built_or_named(tmp_path: Path) -> None:
+    try:
+        run = launch_zero3(1, steps=1, offload="nvme", nvme_path=tmp_path)
+    except RankError as error:
+        assert 'offload="nvme" needs DeepSpeed\'s async_io operator' in str(error)  # noqa: PT017
+    else:
+        clone = CloneReference(load_model("pocket", device="cpu"))
+        assert run.ranks[0].reference_fingerprint == clone.fingerprint()
+
+
+def test_a_disk_that_is_full_leaves_no_model(tmp_path: Path) -> None:
+    error = failing("disk full while saving", steps=1, save_to=tmp_path / "policy")
+    assert error.rank == 0
+    assert f"no model could be written to {tmp_path}: the disk (or your quota on it) is full" in str(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_that_is_killed_while_it_saves_leaves_no_model_that_loads(tmp_path: Path) -> None:
+    error = failing("killed while saving", steps=1, save_to=tmp_path / "policy")
+    assert error.rank == 0
+    assert "rank 0 failed: it was killed by SIGXFSZ" in str(error)
+    assert not (tmp_path / "policy").exists()
+    (partial,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match="holds no model to load"):
+        load_model(partial)
+    write_whole(tmp_path / "policy", lambda folder: (folder / "model").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
 def test_an_interrupt_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", "hang")
     with pytest.raises(KeyboardInterrupt):
@@ -264,12 +366,6 @@ def test_ranks_end_when_the_program_that_launched_them_is_killed(mark: str) -> N
     wait_until(lambda: descendants(mark) == [])  # the launcher looks once a second
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS_TO_END
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
 def test_a_port_that_is_taken_in_the_last_moment_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as rival:
         rival.bind(("", 0))
@@ -293,11 +389,29 @@ def test_a_port_that_is_taken_in_the_last_moment_is_replaced(monkeypatch: pytest
         ({"timeout": -1.0}, "timeout is -1.0"),
         ({"batch": 0}, "batch is 0"),
         ({"seq": 10**6}, "seq 1000000"),
+        ({"reference": "clone"}, "reference is 'clone', but must be one of"),
+        ({"reference": "adapter"}, "no adapter to switch off"),
+        ({"reference": "plain", "offload": "cpu"}, "offload='cpu' is for the shards of reference=\"zero3\""),
+        ({"offload": "disk"}, "offload is 'disk'"),
+        ({"offload": "nvme"}, "needs nvme_path="),
+        ({"save_to": "x", "lora_rank": 4}, "lora_rank=4 trains an adapter"),
     ],
 )
-def test_wrong_numbers_are_refused(options: dict[str, Any], says: str) -> None:
+def test_what_cannot_work_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         launch_zero3(**options)
+
+
+def test_a_place_that_cannot_be_saved_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, says in [
+        (tmp_path, "where something is already"),
+        (tmp_path / "file", "where something is already"),
+        (tmp_path / "file" / "policy", "its parent folder cannot be made"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            launch_zero3(save_to=place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_systems_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

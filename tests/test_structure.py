@@ -34,7 +34,7 @@ ONLY_IN = {
     "peft": ("refkl_lib/reference/adapter.py",),
     "deepspeed": ("refkl_lib/reference/zero3.py", "refkl_lib/ranks/"),
 }
-LESSON_PACKAGES = {"refkl_lib", "torch", "transformers", "peft", "deepspeed", "copy"}
+LESSON_PACKAGES = {"refkl_lib", "torch", "transformers", "peft", "deepspeed", "copy", "tempfile"}
 SLOW_OR_OPTIONAL = ["torch", "transformers", "peft", "deepspeed", "accelerate", "matplotlib", "ipywidgets"]
 
 # A machine's own paths and package registries' hosts; written so that this file does not mention them.

@@ -21,6 +21,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
+from tools.lint import code_cells, course_faults
+
 ROOT = Path(__file__).resolve().parents[1]
 CELL_SECONDS = 240
 CELL_LINES = 12
@@ -75,8 +77,8 @@ def stored(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def faults(notebook: NotebookNode) -> Iterator[str]:
-    """Yield, a sentence each, what is wrong with a stored notebook."""
+def faults(notebook: NotebookNode, path: Path) -> Iterator[str]:
+    """Yield, a sentence each, what is wrong with a notebook that is stored at `path`."""
     cells = code_cells(notebook)
     if stored(notebook) != notebook:
         yield "it holds widgets or metadata that `make notebooks` would remove"
@@ -86,6 +88,7 @@ def faults(notebook: NotebookNode) -> Iterator[str]:
         yield "none of its outputs is checked: mark those that prove something with NBVAL_CHECK_OUTPUT"
     for number, cell in enumerate(cells, 1):
         yield from (f"In [{number}] {fault}" for fault in cell_faults(cell))
+    yield from course_faults(notebook, path)
 
 
 def cell_faults(cell: NotebookNode) -> Iterator[str]:
@@ -108,11 +111,6 @@ def texts(cell: NotebookNode) -> Iterator[str]:
         yield from (str(value) for kind, value in output.get("data", {}).items() if "image/" not in kind)
 
 
-def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """Return the code cells that are not empty: those that Jupyter numbers."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-
-
 def is_bare_widget(data: NotebookNode) -> bool:
     """Tell whether an output would show nothing without its widget."""
     return WIDGET_VIEW in data and not STATIC_FACES & data.keys()
@@ -133,7 +131,7 @@ def main(arguments: list[str]) -> int:
     for path in options.notebooks:
         if not options.check:
             nbformat.write(run(path), path)
-        found += [f"{path}: {fault}" for fault in faults(nbformat.read(path, as_version=4))]
+        found += [f"{path}: {fault}" for fault in faults(nbformat.read(path, as_version=4), path)]
     print(*found, sep="\n", end="\n" if found else "", file=sys.stderr)
     return int(bool(found))
 

@@ -21,6 +21,8 @@ PREDICTIONS = (
     "03.adapter-share",
     "03.saved",
     "03.pissa",
+    "04.policy-shards",
+    "04.gather-peak",
     "05.share-of-five",
     "05.k1-below-zero",
     "05.full-growth",

@@ -81,7 +81,7 @@ class MemoryLedger:
             raise RuntimeError("this ledger is recording already; use another MemoryLedger inside it")
         self._recorder.__enter__()
         self._recording = True
-        self._hook()
+        self._hook(self._growing.items())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -112,11 +112,11 @@ class MemoryLedger:
         with self._lock:
             self._label(name, tensors)
             self._label(GRADIENTS, [leaf.grad for leaf in leaves])
-            self._growing.update({thing: name} if isinstance(thing, Optimizer) else {})
-            for leaf in leaves:
-                self._growing[leaf] = GRADIENTS
+            growing: list[tuple[Any, str]] = [(leaf, GRADIENTS) for leaf in leaves]
+            growing += [(thing, name)] if isinstance(thing, Optimizer) else []
+            self._growing.update(growing)
             if self._recording:
-                self._hook()
+                self._hook(growing)
         return thing
 
     def now(self) -> dict[str, int]:
@@ -166,9 +166,9 @@ class MemoryLedger:
             record.owner = name
             self._timeline.relabel(record, name)
 
-    def _hook(self) -> None:
+    def _hook(self, growing: Iterable[tuple[Any, str]]) -> None:
         """Label what a parameter or an optimizer grows as soon as it has; one hook each."""
-        for thing, name in self._growing.items():
+        for thing, name in growing:
             if self._hooks.get(thing) is None:
                 self._hooks[thing] = self._hook_one(thing, name)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ORIGIN = "origin.json"  # beside the weights; says where they come from
 CHECKOUT = Path(__file__).resolve().parents[2]
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is what `ulimit -f` sets
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -45,12 +45,31 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_folder() / name
     if target.is_dir():
         return target
-    with explained_disk_errors(target.parent, "REFKL_CACHE"):
+    with explained_disk_errors(target.parent, "set REFKL_CACHE to another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(name):
             if not target.is_dir():
-                _build(target, build)
+                write_whole(target, build)
     return target
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with an empty folder beside `target`, which gets that name when all of it is on disk.
+
+    `target` must not exist, or be empty. No other process may write it at the same time.
+    """
+    # We are alone with this name, so what lies under it was left by a process that died.
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        for path in filter(Path.is_file, partial.rglob("*")):
+            flush(path)
+            path.chmod(0o644)  # safetensors shuts others out, but a class may share one cache
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -81,10 +100,10 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def explained_disk_errors(folder: Path, variable: str) -> Iterator[None]:
+def explained_disk_errors(folder: Path, elsewhere: str) -> Iterator[None]:
     """Turn the errors of a full or read-only disk into ModelUnavailableError.
 
-    Its message names the folder, and the environment variable that moves it.
+    Its message names the folder, and says how to write `elsewhere`.
     """
     try:
         yield
@@ -95,30 +114,13 @@ def explained_disk_errors(folder: Path, variable: str) -> Iterator[None]:
             trouble = "you may not write there; make it writable"
         else:
             raise
-        raise ModelUnavailableError(
-            f"no model could be written to {folder}: {trouble}, or set {variable} to another folder"
-        ) from error
+        raise ModelUnavailableError(f"no model could be written to {folder}: {trouble}, or {elsewhere}") from error
 
 
 def _is(error: Exception, codes: tuple[int, ...]) -> bool:
     # Libraries written in Rust (safetensors, tokenizers) pass on what the system said as text alone.
     as_text = any(f"(os error {code})" in str(error) for code in codes)
     return as_text or (isinstance(error, OSError) and error.errno in codes)
-
-
-def _build(target: Path, build: Callable[[Path], None]) -> None:
-    # We are alone with this name, so what lies under it was left by a process that died.
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        build(partial)
-        for path in partial.iterdir():
-            flush(path)
-            path.chmod(0o644)  # safetensors shuts others out, but a class may share one cache
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _alone(name: str) -> AbstractContextManager[object]:

@@ -35,7 +35,7 @@ def download_from_hub(model_id: str) -> Path:
 
 def _download(model_id: str) -> Path:
     try:
-        with explained_disk_errors(Path(constants.HF_HUB_CACHE), "HF_HOME"):
+        with explained_disk_errors(Path(constants.HF_HUB_CACHE), "set HF_HOME to another folder"):
             return _snapshot(model_id)
     except GatedRepoError as error:
         raise ValueError(

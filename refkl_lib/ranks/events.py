@@ -29,7 +29,9 @@ def read_event(line: str) -> Event | None:
 
 
 def describe(event: Event) -> str:
-    """Return one line for people: "rank 1: step 2, KL 0.196, 3.4 s"."""
+    """Return one line for people, "rank 1: step 2, KL 0.196, 3.4 s"; none for "memory", which comes all the time."""
+    if event["event"] == "memory":
+        return ""
     line = f"rank {event['rank']}: {event['event']}"
     if event["event"] == "step":
         line += f" {event['step']}, KL {event['kl']:.3f}, {event['seconds']:.1f} s"
@@ -38,4 +40,5 @@ def describe(event: Event) -> str:
 
 def print_event(event: Event) -> None:
     """Print one line for people at once; for `launch_zero3(on_event=print_event)`."""
-    print(describe(event), flush=True)
+    if line := describe(event):
+        print(line, flush=True)

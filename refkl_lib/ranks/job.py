@@ -28,31 +28,34 @@ class RankError(RuntimeError):
 
 
 class Job:
-    """A launcher in a session of its own; leaving the `with` block ends every process of the session."""
+    """A launcher in a session of its own; leaving the `with` block ends every process of the session.
+
+    A thread starts, hears and ends the launcher. An interrupt reaches the main thread alone, so that not even one
+    in the wrong moment, or a second one, leaves a process behind.
+    """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self._launcher = subprocess.Popen(
-            command,
-            env=os.environ | dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self._command = list(command)
+        self._env = os.environ | dict(env)
         self._lines: list[str] = []
         self._pids: dict[int, int] = {}
         self._finished: set[int] = set()
         self._heard: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        self._last_word = ""
+        self._over = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
 
     def __enter__(self) -> Self:
+        try:
+            self._keeper.start()
+        except BaseException:  # an interrupt, and there will be no __exit__
+            self._over.set()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _end_session(self._launcher.pid)
-        self._launcher.wait()
-        self._listener.join()
+        self._over.set()
+        self._keeper.join()
 
     @property
     def log(self) -> str:
@@ -76,13 +79,13 @@ class Job:
             if event["event"] == "error":
                 where = f"rank {event['rank']} failed: {event['message']}"
                 raise RankError(f"{where}\n\n{event['traceback']}".rstrip(), event["rank"], self.log)
-            last[event["rank"]] = event["event"]
+            if event["event"] != "memory":  # a thread of its own tells of it, wherever the rank is
+                last[event["rank"]] = event["event"]
             yield event
 
     def _ended_early(self) -> RankError:
-        code = self._launcher.wait()
-        tail = "\n".join(self._lines[-20:])
-        return RankError(f"the launcher ended with code {code} before its ranks were done:\n\n{tail}", None, self.log)
+        tail = "\n".join([line for line in self._lines if read_event(line) is None][-20:])
+        return RankError(f"{self._last_word}\n\n{tail}".rstrip(), None, self.log)
 
     def _timed_out(self, timeout: float, last: Mapping[int, str]) -> RankError:
         stand = {rank: self._stack_of(pid) for rank, pid in self._pids.items() if last.get(rank) != "done"}
@@ -97,12 +100,36 @@ class Job:
         time.sleep(10 * LOOK_EVERY)
         return "\n".join(line for line in self._lines[before:] if line.startswith("  File"))
 
-    def _listen(self) -> None:
-        assert self._launcher.stdout is not None
-        pipe = self._launcher.stdout.fileno()
+    def _keep(self) -> None:
+        try:
+            launcher = subprocess.Popen(
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._last_word = f"the launcher cannot be started: {error}"
+        else:
+            with launcher:
+                self._listen(launcher)
+                while launcher.poll() is None and not self._over.wait(LOOK_EVERY):
+                    pass  # nobody can print any more, so it is about to end
+                _end_session(launcher.pid)
+            self._last_word = f"the launcher ended with code {launcher.returncode} before its ranks were done:"
+        self._heard.put(None)
+
+    def _listen(self, launcher: subprocess.Popen[bytes]) -> None:
+        """Pass on what the launcher and the ranks print, until nobody is left who could."""
+        assert launcher.stdout is not None
+        pipe = launcher.stdout.fileno()
         os.set_blocking(pipe, False)
         text, ended = "", False
         while not ended:
+            if self._over.is_set():
+                _end_session(launcher.pid)
             select.select([pipe], [], [], LOOK_EVERY)
             # The dead are counted before reading, for their own last words may still be in the pipe. And they
             # are reported before what is read, for a rank that lost its partner complains within milliseconds.
@@ -114,7 +141,6 @@ class Job:
             self._remember(events)
             for event in [*self._deaths(dead), *events]:
                 self._heard.put(event)
-        self._heard.put(None)
 
     def _remember(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -13,9 +13,12 @@ class RankReport:
     """What one rank held, in bytes, and computed.
 
     `policy_bytes` and `reference_bytes` are its shards before the first step; `optimizer_bytes` and
-    `gradient_bytes` what DeepSpeed kept beside them after the last; `peak` is by owner, at the highest moment
-    of a step, where "activations" include the layers that are gathered. `kl` and `loss` are of each step, before
-    it is taken: nats per token. `policy_fingerprint` is the policy's after the last step.
+    `gradient_bytes` what DeepSpeed kept beside them after the last; `gather_peak` the most that was gathered at
+    once in the steps: layers that are whole while they compute, and small weights that stay so. `peak` is by
+    owner, at the highest moment of a step; its "gathered" is what was gathered at that moment. `timeline` has
+    (seconds since the job started, bytes by owner) points, some five a second, each the highest since the one
+    before it. `kl` and `loss` are of each step, before it is taken: nats per token. `policy_fingerprint` is the
+    policy's after the last step.
     """
 
     rank: int
@@ -23,7 +26,9 @@ class RankReport:
     reference_bytes: int
     optimizer_bytes: int
     gradient_bytes: int
+    gather_peak: int
     peak: dict[str, int]
+    timeline: tuple[tuple[float, dict[str, int]], ...]
     kl: tuple[float, ...]
     loss: tuple[float, ...]
     policy_fingerprint: str
@@ -38,7 +43,8 @@ class ZeRO3Run:
     `settings` are the arguments of `launch_zero3` that say what is trained.
     `step_seconds` and `reference_seconds` (the reference's part of them) are of each step, on the slowest rank.
     `seconds` tells where the time went: "start" (processes, imports), "load" (both models), "initialise" (the
-    engine, a fingerprint), "steps", "finish" (fingerprints). `log` is all that was printed.
+    engine, a fingerprint), "steps", "save" (if the policy was saved), "finish" (fingerprints). `log` is all that was
+    printed.
     """
 
     settings: dict[str, Any]
@@ -56,13 +62,15 @@ class ZeRO3Run:
 
     def __repr__(self) -> str:
         """Return a table, a line for each rank."""
-        head = f"{'rank':<6}{'policy':>12}{'reference':>12}{'gradients':>12}{'optimizer':>12}{'peak':>12}   KL per step"
+        columns = ("policy", "reference", "gradients", "optimizer", "gathered", "peak")
+        head = f"{'rank':<6}{''.join(f'{column:>12}' for column in columns)}   KL per step"
         return "\n".join([head, *map(_line, self.ranks)])
 
 
 def _line(report: RankReport) -> str:
     held = (report.policy_bytes, report.reference_bytes, report.gradient_bytes, report.optimizer_bytes)
-    columns = [f"{show_bytes(count):>12}" for count in (*held, sum(report.peak.values()))]
+    most = (report.gather_peak, sum(report.peak.values()))
+    columns = [f"{show_bytes(count):>12}" for count in (*held, *most)]
     return f"{report.rank:<6}{''.join(columns)}   {', '.join(f'{kl:.3f}' for kl in report.kl)}"
 
 
@@ -71,7 +79,7 @@ def put_together(settings: dict[str, Any], events: Sequence[Event], started: flo
     ranks = sorted({event["rank"] for event in events})
     return ZeRO3Run(
         settings=settings,
-        ranks=tuple(_report(rank, [e for e in events if e["rank"] == rank]) for rank in ranks),
+        ranks=tuple(_report(rank, [e for e in events if e["rank"] == rank], started) for rank in ranks),
         step_seconds=_slowest(events, "seconds"),
         reference_seconds=_slowest(events, "reference_seconds"),
         seconds=_phases(events, started),
@@ -80,7 +88,7 @@ def put_together(settings: dict[str, Any], events: Sequence[Event], started: flo
     )
 
 
-def _report(rank: int, events: Sequence[Event]) -> RankReport:
+def _report(rank: int, events: Sequence[Event], started: float) -> RankReport:
     told: dict[str, Any] = {event["event"]: event for event in events}
     steps = [event for event in events if event["event"] == "step"]
     start, end = told["initialised"], told["done"]
@@ -90,7 +98,9 @@ def _report(rank: int, events: Sequence[Event]) -> RankReport:
         reference_bytes=start["reference_bytes"],
         optimizer_bytes=end["optimizer_bytes"],
         gradient_bytes=end["gradient_bytes"],
+        gather_peak=end["gather_peak"],
         peak=end["peak"],
+        timeline=tuple((event["at"] - started, event["owners"]) for event in events if event["event"] == "memory"),
         kl=tuple(step["kl"] for step in steps),
         loss=tuple(step["loss"] for step in steps),
         policy_fingerprint=end["policy_fingerprint"],
@@ -109,10 +119,12 @@ def _slowest(events: Sequence[Event], what: str) -> tuple[float, ...]:
 
 def _phases(events: Sequence[Event], started: float) -> dict[str, float]:
     """Return the seconds of each phase; one ends when the last rank has told of it."""
-    names = {"imported": "start", "loaded": "load", "initialised": "initialise", "step": "steps", "done": "finish"}
+    names = {"imported": "start", "loaded": "load", "initialised": "initialise", "step": "steps"}
+    names |= {"saved": "save", "done": "finish"}
     ends = {event["event"]: event["at"] for event in sorted(events, key=lambda event: event["at"])}
     phases, before = {}, started
     for told, name in names.items():
-        phases[name] = ends[told] - before
-        before = ends[told]
+        if told in ends:
+            phases[name] = ends[told] - before
+            before = ends[told]
     return phases

@@ -1,4 +1,4 @@
-"""What one rank trains: a policy beside its reference, both partitioned by ZeRO-3.
+"""What one rank trains: a policy partitioned by ZeRO-3, and its reference.
 
 All ranks work on the same batch, where a real job would give each its own, so that their KL is the one
 that a single process computes.
@@ -7,6 +7,8 @@ that a single process computes.
 import argparse
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,8 +19,12 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from refkl_lib.memory.ledger import MemoryLedger
 from refkl_lib.models import load_model
+from refkl_lib.ranks.checkpoint import check_same_checkpoint
 from refkl_lib.ranks.events import tell
-from refkl_lib.reference.base import fingerprint_of
+from refkl_lib.ranks.plain import PlainReference
+from refkl_lib.ranks.save import save_policy
+from refkl_lib.ranks.watch import tell_held, watching
+from refkl_lib.reference.base import Reference, fingerprint_of
 from refkl_lib.reference.zero3 import ZeRO3Reference, gathered_weights
 from refkl_lib.step import TimedReference, policy_loss
 from refkl_lib.tensors import storage_bytes
@@ -27,12 +33,15 @@ from refkl_lib.text import sample_batch
 
 def train(settings: argparse.Namespace) -> None:
     """Load policy and reference, take the steps, and tell at each phase what was held and computed."""
-    connect()
+    connect(settings.comm_timeout)
     tell("imported")
+    check_same_checkpoint(settings.model)
     config = job_config(settings.learning_rate)
     policy = load_policy(settings, config)
-    reference = ZeRO3Reference(settings.model, ds_config=config)
+    tell_held(policy=policy)
+    reference = load_reference(settings, policy, config)
     tell("loaded")
+    tell_held(policy=policy, reference=reference.held())
     engine = make_engine(policy, config)
     tell(
         "initialised",
@@ -40,29 +49,33 @@ def train(settings: argparse.Namespace) -> None:
         reference_bytes=reference.owned_bytes(),
         reference_fingerprint=reference.fingerprint(),
     )
-    with MemoryLedger() as ledger:
+    with MemoryLedger() as ledger, watching(ledger) as gathers:
         own(ledger, engine, reference)
         for facts in steps(engine, reference, settings):
             tell("step", **facts)
         optimizer, gradients = optimizer_and_gradients(engine)
-        tell(
-            "done",
-            optimizer_bytes=storage_bytes(optimizer),
-            gradient_bytes=storage_bytes(gradients),
-            peak=ledger.peak(),
-            policy_fingerprint=fingerprint_of(gathered_weights(engine.module)),
-            reference_fingerprint=reference.fingerprint(),
-        )
+        held = {
+            "optimizer_bytes": storage_bytes(optimizer),
+            "gradient_bytes": storage_bytes(gradients),
+            "gather_peak": gathers.peak,
+            "peak": ledger.peak(),
+        }
+        if settings.save_to is not None:
+            save_policy(engine.module, settings.model, Path(settings.save_to))
+            tell("saved")
+        policy_fingerprint = fingerprint_of(gathered_weights(engine.module))
+        reference_fingerprint = reference.fingerprint()
+    tell("done", **held, policy_fingerprint=policy_fingerprint, reference_fingerprint=reference_fingerprint)
     torch.distributed.destroy_process_group()
 
 
-def connect() -> None:
-    """Join the other ranks."""
+def connect(timeout: float = 600.0) -> None:
+    """Join the other ranks; from then on, one that is not answered for `timeout` seconds raises RuntimeError."""
     if get_accelerator().device_name() == "cpu":
         # An operator for inference alone: it takes a compiler and a minute to build, and leaves shared
         # memory behind when a rank is killed. Training talks through gloo with it or without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
 
 
 def job_config(learning_rate: float) -> dict[str, Any]:
@@ -98,6 +111,17 @@ def load_policy(settings: argparse.Namespace, config: dict[str, Any]) -> nn.Modu
     return add_lora(policy, settings.lora_rank)
 
 
+def load_reference(settings: argparse.Namespace, policy: nn.Module, config: dict[str, Any]) -> Reference:
+    """Return the reference, kept as the settings say; for an adapter that is switched off nothing is loaded."""
+    if settings.reference == "plain":
+        return PlainReference(settings.model)
+    if settings.reference == "adapter":
+        from refkl_lib.reference.adapter import AdapterReference
+
+        return AdapterReference(policy)
+    return ZeRO3Reference(settings.model, ds_config=config, offload=settings.offload, nvme_path=settings.nvme_path)
+
+
 def make_engine(policy: nn.Module, config: dict[str, Any]) -> Any:
     """Return the DeepSpeed engine that trains what is trainable in the policy."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -105,8 +129,8 @@ def make_engine(policy: nn.Module, config: dict[str, Any]) -> Any:
     return engine
 
 
-def own(ledger: MemoryLedger, engine: Any, reference: ZeRO3Reference) -> None:
-    """Tell the ledger whose the storages are that a ZeRO-3 job keeps; what is gathered it finds by itself."""
+def own(ledger: MemoryLedger, engine: Any, reference: Reference) -> None:
+    """Tell the ledger whose the storages are that a ZeRO-3 job keeps."""
     optimizer, gradients = optimizer_and_gradients(engine)
     ledger.own("policy", engine.module)
     ledger.own("reference", reference)
@@ -127,7 +151,7 @@ def optimizer_and_gradients(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [*zero.fp32_partitioned_groups_flat, *state], [zero.grad_partitions_flat_buffer, *buffers]
 
 
-def steps(engine: Any, reference: ZeRO3Reference, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def steps(engine: Any, reference: Reference, settings: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train, and yield for each step its loss, its KL (nats per token, before the step) and its seconds."""
     text = sample_batch(settings.model, settings.batch, settings.seq)
     batch = {name: tensor.to(engine.device) for name, tensor in text.items()}

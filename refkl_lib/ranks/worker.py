@@ -13,7 +13,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from refkl_lib.ranks.events import tell
 
@@ -21,20 +22,40 @@ from refkl_lib.ranks.events import tell
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says; an exception is told before it ends the rank."""
     settings = parse(arguments)
+    with telling():
+        # Only now: these imports take seconds, and a rank that fails in them should be known by its number.
+        from refkl_lib.ranks.training import train
+
+        train(settings)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Tell that this rank lives, and what ends it if the block raises; it ends as well when nobody listens."""
     # Asked by SIGUSR1, a rank prints where it is: what to do when it hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     threading.Thread(target=end_with_the_listener, daemon=True).start()
     tell("started", pid=os.getpid())
     try:
-        # Only now: these imports take seconds, and a rank that fails in them should be known by its number.
-        from refkl_lib.ranks.training import train
-
-        train(settings)
+        yield
     except BaseException as error:
-        # Only the end of each: an event has to fit into one write.
-        said, trace = f"{type(error).__name__}: {error}"[:500], traceback.format_exc()[-2000:]
-        tell("error", message=said, traceback=trace)
+        first = first_of(error)
+        said = f"{type(first).__name__}: {first}"
+        if first is not error:
+            said = f"{said[:300]}; then {type(error).__name__}: {error}"
+        # Only a part of each: an event has to fit into one write.
+        tell("error", message=said[:500], traceback="".join(traceback.format_exception(first))[-2000:])
         raise
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Return what an error began with: a rank that lost another fails again when it lets go of its layers.
+
+    What was raised `from` something says on purpose what that meant, and counts as the first.
+    """
+    while error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return error
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,6 +69,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.1, help="weight of the KL in the loss")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of the adapter's first weights")
+    parser.add_argument("--reference", default="zero3", choices=["zero3", "plain", "adapter"], help="how it is kept")
+    parser.add_argument("--offload", choices=["cpu", "nvme"], help="where a zero3 reference's shards wait")
+    parser.add_argument("--nvme-path", help="the folder for --offload nvme")
+    parser.add_argument("--save-to", help="folder for the trained policy")
+    parser.add_argument("--comm-timeout", type=float, default=600.0, help="seconds to wait for the other ranks")
     return parser.parse_args(arguments)
 
 

@@ -8,7 +8,8 @@ Nothing is copied, so the reference costs no weights: only the second forward pa
     reference.logits(**batch)            # (B, T, V), no gradient
 
 A policy that *starts* with a trained adapter needs that adapter in its reference as well: freeze a copy of
-it beside the one that trains (`copy_adapter`), and switch to the copy instead of switching off.
+it beside the one that trains (`copy_adapter`), and switch to the copy instead of switching off. Under DeepSpeed
+ZeRO-3 the policy is `engine.module`, whose layers are gathered in this pass as in any other.
 """
 
 import warnings
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from refkl_lib.reference.base import Reference, evaluating
 from refkl_lib.reference.mix import check_alpha
+from refkl_lib.reference.zero3 import gathered
 
 # Of PEFT 0.21's initialisations, those that leave the base weight as it is. The others (pissa, olora,
 # corda, loftq, lora_ga) move a part of it into the adapter.
@@ -81,12 +83,16 @@ class AdapterReference(Reference):
             yield self.policy
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the base model's weights, and those of the frozen adapter if there is one."""
+        """Yield the base model's weights, and those of the frozen adapter if there is one.
+
+        Of a policy under ZeRO-3 they are gathered one at a time, and every rank has to come along.
+        """
         policy = self.policy
         others = _added_by_peft(policy) - {id(weight) for weight in self.held()}
         for name, weight in (*policy.named_parameters(), *policy.named_buffers()):
             if id(weight) not in others:
-                yield _original_name(name), weight
+                with gathered(weight):
+                    yield _original_name(name), weight
 
     def held(self) -> list[Tensor]:
         """Return the weights of the frozen adapter; none for one that is switched off."""

@@ -15,7 +15,7 @@ Whatever touches the weights gathers them from all ranks, so every rank has to c
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -103,9 +103,21 @@ class ZeRO3Reference(Reference):
 def gathered_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a partitioned module's parameters, gathered one at a time, and its buffers; on every rank."""
     for name, parameter in module.named_parameters():
-        with _gathered(parameter):
+        with gathered(parameter):
             yield name, parameter
     yield from module.named_buffers()
+
+
+def gathered(weight: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[object]:
+    """Gather one weight whole for a block, on every rank; one that is not partitioned is whole already.
+
+    With `modifier_rank`, the weight is that rank's after the block, on all of them.
+    """
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier_rank)
 
 
 def reference_config(
@@ -218,17 +230,10 @@ def _loading_partitioned(config: dict[str, Any]) -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = before
 
 
-def _gathered(weight: Tensor, modifier_rank: int | None = None) -> Any:
-    """Gather one weight whole for a block; one that is not partitioned, a buffer say, is whole already."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier_rank)
-
-
 @contextmanager
 def _both_gathered(weight: Tensor, policys: Tensor) -> Iterator[None]:
     """Gather a weight of the reference, to be changed, and the policy's."""
     # On leaving, rank 0's result goes to all ranks and the shards are cut anew. A persistent weight gives up
     # its full copy, too, and is gathered again by the next pass.
-    with _gathered(weight, modifier_rank=0), _gathered(policys):
+    with gathered(weight, modifier_rank=0), gathered(policys):
         yield

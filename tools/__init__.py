@@ -1,0 +1,1 @@
+"""What keeps the notebooks fit for git and for readers; `make` runs it."""
