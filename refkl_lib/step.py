@@ -18,8 +18,11 @@ def policy_loss(policy: nn.Module, reference: GivesLogits, batch: dict[str, Any]
     be any callable module, a DeepSpeed engine too.
     """
     mask = batch["attention_mask"]
+    # The reference first: it may be the policy's own layers, and under ZeRO-3 a pass through them between a forward
+    # and its backward leaves DeepSpeed's count of what to release wrong: the backward gathers the whole model.
+    reference_logits = reference.logits(**batch)
     logits = policy(**{"use_cache": False} | batch).logits
-    kl = exact_kl(logits, reference.logits(**batch), mask)
+    kl = exact_kl(logits, reference_logits, mask)
     targets = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
     cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
     return cross_entropy + beta * kl, kl

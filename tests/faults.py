@@ -10,7 +10,7 @@ import pytest
 
 from refkl_lib.ranks.launch import RankError, launch_zero3
 
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 10.0
 
 
 def failing(fault: str, timeout: float = 100.0, **options: Any) -> RankError:

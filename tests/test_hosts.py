@@ -65,7 +65,7 @@ class Host:
     @property
     def at_work(self) -> list[psutil.Process]:
         """Return what runs here, apart from ssh servers, which are the system's."""
-        return [process for process in self._running() if process.name() != "sshd"]
+        return [process for process in self._running() if not is_ssh_server(process)]
 
     def _running(self) -> list[psutil.Process]:
         found = []
@@ -85,6 +85,13 @@ class Host:
     def unplug(self) -> None:
         """Cut the cable: nobody is told, packets just do not arrive any more."""
         ip("-n", self.namespace, "link", "set", "eth0", "down")
+
+
+def is_ssh_server(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "sshd"
+    except psutil.NoSuchProcess:
+        return True  # nothing at all by now
 
 
 def ip(*arguments: str) -> str:
@@ -277,7 +284,7 @@ def test_a_batch_job_starts_a_launcher_on_each_node(
 
 
 def test_every_block_of_the_guide_is_used() -> None:
-    assert set(GUIDE) == {"hostfile", "on-each-host", "over-ssh", ".deepspeed_env", "job.sbatch"}
+    assert set(GUIDE) == {"hostfile", "on-each-host", "over-ssh", ".deepspeed_env", "job.sbatch", "errors"}
     assert len(GUIDE) == (ROOT / "docs/several_hosts.md").read_text().count("\n```") / 2
 
 
@@ -285,15 +292,17 @@ def test_every_block_of_the_guide_is_used() -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_host_that_dies_ends_the_run_on_the_other(hosts: list[Host], lost: int) -> None:
+def test_a_host_that_dies_ends_the_run_on_the_other(hosts: list[Host], lost: int, tmp_path: Path) -> None:
     launchers = [host.start(long(GUIDE["on-each-host"])) for host in hosts]
     wait_for_step(hosts)
     hosts[lost].kill()
     (code,) = ended([launchers[1 - lost]], SECONDS_TO_END)
+    found = subprocess.run(GUIDE["errors"], shell=True, cwd=tmp_path, capture_output=True, text=True).stdout
     (message,) = errors(hosts[1 - lost])
     assert code != 0
     assert ADDRESSES[lost] in message
     assert "closed by peer" in message or "reset by peer" in message
+    assert [event["message"] for line in found.splitlines() if (event := read_event(line))] == [message]
     assert nobody_at_work(hosts)
 
 

@@ -5,7 +5,9 @@
 
 A partitioned parameter is an empty tensor with the shard hung on it. `deepcopy` takes the empty tensor, leaves the
 shard, and complains about nothing (read in torch 2.13, `Parameter.__deepcopy__`). The hooks that gather weights for
-a forward pass do come along, and they still are those of the original's engine (DeepSpeed 0.19).
+a forward pass do come along, and they still are those of the original's engine (DeepSpeed 0.19). An
+engine that is new records the order of its layers in the first pass that it sees, and that is the copy's. Later, with
+a record to compare with, it often notices the strangers and records anew.
 """
 
 from dataclasses import dataclass

@@ -70,7 +70,7 @@ def train(settings: argparse.Namespace) -> None:
 
 
 def connect(timeout: float = 600.0) -> None:
-    """Join the other ranks; from then on, one that is not answered for `timeout` seconds raises RuntimeError."""
+    """Join the other ranks; RuntimeError if, now or later, one keeps this one waiting for `timeout` seconds."""
     if get_accelerator().device_name() == "cpu":
         # An operator for inference alone: it takes a compiler and a minute to build, and leaves shared
         # memory behind when a rank is killed. Training talks through gloo with it or without.
