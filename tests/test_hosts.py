@@ -19,6 +19,7 @@ from checkout import ROOT
 
 from refkl_lib.ranks.events import Event, read_event
 from refkl_lib.ranks.launch import ZeRO3Run, launch_zero3
+from refkl_lib.ranks.worker import first_of
 
 # The guide's blocks of code by name, which is the word after the language.
 GUIDE = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", (ROOT / "docs/several_hosts.md").read_text(), re.M | re.S))
@@ -289,6 +290,14 @@ def test_every_block_of_the_guide_is_used() -> None:
 
 
 # What goes wrong
+
+
+def test_what_failed_first_is_told_not_what_came_of_it() -> None:
+    lost, then, meaning = ConnectionError("closed by peer"), RuntimeError("in flight"), ValueError("no host")
+    then.__context__ = lost
+    meaning.__cause__ = meaning.__context__ = then  # as `raise meaning from then` does
+    assert first_of(then) is first_of(lost) is lost
+    assert first_of(meaning) is meaning
 
 
 @pytest.mark.parametrize("lost", [0, 1])
