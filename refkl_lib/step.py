@@ -1,31 +1,81 @@
 """The training step that the whole kit measures: next-token loss plus a KL penalty."""
 
 import time
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refkl_lib.kl.divergence import GivesLogits
+from refkl_lib.kl.divergence import GivesLogits, Pass, hidden_states, kl_of_passes, policy_states
 from refkl_lib.kl.exact import exact_kl
+from refkl_lib.kl.linear import HeadOutput, linear_token_log_probs
+from refkl_lib.kl.reduce import masked_mean
+
+KLFrom = Literal["full", "linear"]
 
 
-def policy_loss(policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    policy: nn.Module,
+    reference: GivesLogits,
+    batch: dict[str, Any],
+    beta: float,
+    kl: KLFrom = "full",
+) -> tuple[Tensor, Tensor]:
     """Return (loss, kl) as scalars: loss = cross-entropy of the next token + beta·KL(policy‖reference).
 
-    `batch` holds input_ids and attention_mask (B, T); the KL is in nats per counted token. The policy may
-    be any callable module, a DeepSpeed engine too.
+    `batch` holds input_ids and attention_mask (B, T); the KL is in nats per counted token. With `kl="full"` both
+    models give logits (B, T, V), and the policy may be any callable module, a DeepSpeed engine too. With
+    `kl="linear"` loss and KL are those same numbers, but from hidden states, a few tokens' logits at a time.
+    Raises ValueError if `kl` is neither, or is "linear" and a head is more than a linear layer on this device
+    (`hidden_states`).
     """
-    mask = batch["attention_mask"]
+    _check_kl(kl)
+    from_where = _from_logits if kl == "full" else _from_hidden_states
+    return from_where(policy, reference, batch, beta)
+
+
+def next_token_loss(policy: nn.Module, batch: dict[str, Any], kl: KLFrom = "full") -> Tensor:
+    """Return the loss of `policy_loss` for beta = 0, for which no reference is asked; raises as that does."""
+    _check_kl(kl)
+    if kl == "full":
+        return _cross_entropy(policy(**{"use_cache": False} | batch).logits, batch)
+    return _linear_cross_entropy(*policy_states(policy, batch), batch)
+
+
+def _check_kl(kl: str) -> None:
+    if kl not in get_args(KLFrom):
+        raise ValueError(f'kl is {kl!r}, but must be "full" (from all logits) or "linear" (from hidden states)')
+
+
+def _from_logits(
+    policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float
+) -> tuple[Tensor, Tensor]:
     # The reference first: it may be the policy's own layers, and under ZeRO-3 a pass through them between a forward
     # and its backward leaves DeepSpeed's count of what to release wrong: the backward gathers the whole model.
     reference_logits = reference.logits(**batch)
     logits = policy(**{"use_cache": False} | batch).logits
-    kl = exact_kl(logits, reference_logits, mask)
-    targets = batch["input_ids"].masked_fill(mask == 0, -100)[:, 1:]
-    cross_entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
-    return cross_entropy + beta * kl, kl
+    kl = exact_kl(logits, reference_logits, batch["attention_mask"])
+    return _cross_entropy(logits, batch) + beta * kl, kl
+
+
+def _from_hidden_states(
+    policy: nn.Module, reference: GivesLogits, batch: dict[str, Any], beta: float
+) -> tuple[Tensor, Tensor]:
+    p, q, output = hidden_states(policy, reference, batch)
+    kl = kl_of_passes(p, q, output, batch["attention_mask"])
+    return _linear_cross_entropy(p, output, batch) + beta * kl, kl
+
+
+def _cross_entropy(logits: Tensor, batch: dict[str, Any]) -> Tensor:
+    targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+
+
+def _linear_cross_entropy(p: Pass, output: HeadOutput, batch: dict[str, Any]) -> Tensor:
+    ids, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    log_probs = linear_token_log_probs(p.hidden[:, :-1], p.head, ids, scale=output.scale, softcap=output.softcap)
+    return -masked_mean(log_probs, mask)
 
 
 class TimedReference:

@@ -4,12 +4,15 @@ Two tensors can share one storage (tied embeddings, views, a layer shared by pol
 bytes are counted by storage, never by tensor or by name.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 Storages = dict[int, torch.UntypedStorage]
+_STANDS_FOR = ContextVar("_STANDS_FOR", default="meta")
 
 
 def tensors_of(thing: object) -> Iterable[Tensor]:
@@ -39,6 +42,21 @@ def storage_bytes(thing: object, beyond: object = ()) -> int:
     """Return the bytes of storage behind `thing`, without those that `beyond` holds as well."""
     already = storages_of(beyond)
     return sum(s.nbytes() for key, s in storages_of(thing).items() if key not in already)
+
+
+def device_type(tensor: Tensor) -> str:
+    """Return "cpu", "cuda" …; of a tensor on meta that of the device it stands for (`meta_stands_for`)."""
+    return _STANDS_FOR.get() if tensor.is_meta else tensor.device.type
+
+
+@contextmanager
+def meta_stands_for(device: str) -> Iterator[None]:
+    """Let tensors on meta be taken for tensors on a device, "cpu" or "cuda", by what sizes its work by that."""
+    token = _STANDS_FOR.set(device)
+    try:
+        yield
+    finally:
+        _STANDS_FOR.reset(token)
 
 
 def is_partitioned(module: nn.Module) -> bool:

@@ -588,3 +588,15 @@ def test_a_timeline_of_hours_is_short_and_has_kept_the_peak(monkeypatch):
     assert points[0][0] < 20
     assert points[-1][0] > 4990
     assert max(total(owners) for _, owners in points) == total(ledger.peak()) == 2048
+
+
+def test_a_peak_can_be_forgotten():
+    with MemoryLedger() as ledger:
+        kept = ledger.own("policy", torch.zeros(KIB))
+        torch.zeros(9 * KIB)
+        assert ledger.peak() == owned(policy=1024, activations=9 * 1024)
+        ledger.reset_peak()
+        assert ledger.peak() == ledger.now() == owned(policy=1024)
+        torch.zeros(2 * KIB)
+        assert ledger.peak() == owned(policy=1024, activations=2 * 1024)
+    assert kept.numel() == KIB

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from refkl_lib.tensors import device_type
+
 Rows = tuple[Tensor, ...]
 
 # A GPU reads the whole head for each chunk; several hundred tokens keep it busy for as long as that takes.
@@ -23,7 +25,7 @@ def chunks_of(counts: Tensor, chunk: int) -> Iterator[Rows]:
 
 def chunk_of_logits(logits: Tensor) -> int:
     """Return how many tokens' logits to take from those that exist: what fits in a core's own cache."""
-    return _fitting(logits.shape[-1], 2**20 if logits.device.type == "cpu" else _GPU_BYTES)
+    return _fitting(logits.shape[-1], 2**20 if device_type(logits) == "cpu" else _GPU_BYTES)
 
 
 def chunk_before_head(hidden: Tensor, vocabulary: int, chunk: int | None) -> int:
@@ -32,7 +34,7 @@ def chunk_before_head(hidden: Tensor, vocabulary: int, chunk: int | None) -> int
     Below 128 tokens a matrix product takes longer than it need. Raises ValueError if `chunk` is less than 1.
     """
     if chunk is None:
-        return max(128, _fitting(vocabulary, 32 * 2**20 if hidden.device.type == "cpu" else _GPU_BYTES))
+        return max(128, _fitting(vocabulary, 32 * 2**20 if device_type(hidden) == "cpu" else _GPU_BYTES))
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but it is a number of tokens, 1 or more (None: chosen from the sizes)")
     return chunk

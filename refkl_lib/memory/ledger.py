@@ -138,6 +138,13 @@ class MemoryLedger:
                 owners[record.owner] += record.nbytes
             return owners
 
+    def reset_peak(self) -> None:
+        """Forget the peak so far: from now on `peak` speaks of what comes after this moment."""
+        with self._lock:
+            self._settle()
+            self._peak_total, self._peak_births = sum(self._bytes.values()), self._births
+            self._freed_since_peak = []
+
     @property
     def timeline(self) -> list[Point]:
         """Return (seconds since the ledger was made, bytes by owner) points, the last one for now.

@@ -1,0 +1,66 @@
+"""The training step's loss: from whole logits, from hidden states, and without a reference."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refkl_lib import add_lora, create_reference, load_model, policy_loss
+from refkl_lib.step import next_token_loss
+
+
+def models(lora_rank: int | None) -> tuple[nn.Module, Any]:
+    """A policy that has moved away from its reference."""
+    model = load_model("pocket")
+    reference = create_reference(model, "clone")
+    torch.manual_seed(0)
+    policy = model if lora_rank is None else add_lora(model, lora_rank)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.02)
+    return policy, reference
+
+
+def padded_batch() -> dict[str, Tensor]:
+    ids = torch.randint(259, (2, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_hidden_states_give_the_loss_and_gradients_of_whole_logits(lora_rank):
+    found = {}
+    for kl in ("full", "linear"):
+        policy, reference = models(lora_rank)
+        loss, value = policy_loss(policy, reference, padded_batch(), 0.3, kl=kl)
+        loss.backward()
+        found[kl] = (loss, value, [w.grad for w in policy.parameters() if w.requires_grad])
+    for full, linear in zip(found["full"][:2], found["linear"][:2], strict=True):
+        torch.testing.assert_close(linear, full, rtol=1e-5, atol=1e-6)
+    for full, linear in zip(found["full"][2], found["linear"][2], strict=True):
+        torch.testing.assert_close(linear, full, rtol=1e-3, atol=1e-5 * float(full.abs().max()))
+    assert found["full"][1] > 0.01
+
+
+@pytest.mark.parametrize("kl", ["full", "linear"])
+def test_beta_zero_is_the_loss_without_a_reference(kl):
+    policy, reference = models(None)
+    loss, _ = policy_loss(policy, reference, padded_batch(), 0.0, kl=kl)
+    torch.testing.assert_close(next_token_loss(policy, padded_batch(), kl=kl), loss)
+
+
+def test_a_choice_that_there_is_not_is_named():
+    policy, reference = models(None)
+    with pytest.raises(ValueError, match="kl is 'half', but must be \"full\""):
+        policy_loss(policy, reference, padded_batch(), 0.1, kl="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kl is 'half'"):
+        next_token_loss(policy, padded_batch(), kl="half")  # type: ignore[arg-type]
+
+
+def test_a_head_with_an_adapter_is_refused_from_hidden_states():
+    policy = add_lora(load_model("pocket"), 4, targets=["lm_head", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="not a plain linear layer"):
+        policy_loss(policy, create_reference(policy, "adapter"), padded_batch(), 0.1, kl="linear")
