@@ -6,18 +6,7 @@ from typing import Any
 import pytest
 
 from refkl_lib import launch_zero3, price
-
-# What `launch_zero3` gives DeepSpeed (ranks/training.py, `job_config`).
-JOB = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_prefetch_bucket_size": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_param_persistence_threshold": 6_000,
-        "reduce_bucket_size": 300_000,
-        "sub_group_size": 10_000_000,
-    }
-}
+from refkl_lib.ranks.config import job_config
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="real ranks need Linux")
@@ -28,7 +17,8 @@ JOB = {
 def test_owners_to_the_byte_and_the_peak_nearly(ranks: int, reference: str, lora_rank: int | None) -> None:
     shared: dict[str, Any] = {"lora_rank": lora_rank, "seq": 32}
     run = launch_zero3(ranks, "pocket", steps=2, reference=reference, **shared)
-    bill = price("pocket", reference, ranks=ranks, ds_config=JOB, dtype="fp32", device="cpu", **shared)
+    job = job_config(learning_rate=1e-3)
+    bill = price("pocket", reference, ranks=ranks, ds_config=job, dtype="fp32", device="cpu", **shared)
     for report in run.ranks:
         assert bill.at_rest["policy"] == report.policy_bytes
         assert bill.reference_bytes == report.reference_bytes

@@ -103,3 +103,18 @@ def test_without_deepspeed_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ImportError, match="needs deepspeed"):
         ZeRO3Reference("pocket")
+
+
+class LostEngine(torch.nn.Module):
+    """The engine of a rank that has lost the others."""
+
+    def empty_partition_cache(self) -> None:
+        raise RuntimeError("expected to be released")
+
+
+def test_what_broke_a_pass_off_is_not_hidden_by_the_clean_up() -> None:
+    reference = object.__new__(ZeRO3Reference)
+    reference.engine = LostEngine()
+    with pytest.raises(ConnectionError, match="reset by peer") as caught, reference.as_reference():
+        raise ConnectionError("reset by peer")
+    assert caught.value.__notes__ == ["and its layers could not be let go: expected to be released"]

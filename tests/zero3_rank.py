@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.integrations import deepspeed as integration
 
 from refkl_lib.models import load_model
+from refkl_lib.ranks.config import job_config
 from refkl_lib.ranks.events import tell
-from refkl_lib.ranks.training import connect, job_config, make_engine
+from refkl_lib.ranks.training import connect, make_engine
 from refkl_lib.reference.adapter import add_lora
 from refkl_lib.reference.clone import CloneReference
 from refkl_lib.reference.zero3 import ZeRO3Reference

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from refkl_lib.models import load_model
+from refkl_lib.ranks.config import job_config
 from refkl_lib.ranks.copies import COPIED, NOT_TRIED, SUCCEEDS
 from refkl_lib.ranks.events import tell
-from refkl_lib.ranks.training import connect, job_config, make_engine
+from refkl_lib.ranks.training import connect, make_engine
 from refkl_lib.ranks.worker import telling
 from refkl_lib.tensors import storage_bytes
 from refkl_lib.text import sample_batch

@@ -79,9 +79,12 @@ class ZeRO3Reference(Reference):
         try:
             with evaluating(self.engine) as engine:
                 yield engine
-        except BaseException:
+        except BaseException as error:
             # A pass that broke off leaves its layers gathered and marked as in use.
-            self.engine.empty_partition_cache()
+            try:
+                self.engine.empty_partition_cache()
+            except Exception as second:  # with a rank lost, this fails as well, and would hide why
+                error.add_note(f"and its layers could not be let go: {second}")
             raise
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
