@@ -50,6 +50,7 @@ def lab(folder: Path) -> Iterator[str]:
     options = ["--no-browser", "--allow-root", f"--port={port}", f"--ServerApp.root_dir={folder}"]
     environment = fresh_environment(folder / "home")
     environment |= {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(OFFLINE)}
+    environment["REFKL_DATA"] = str(folder / "data")  # what is typed here stays out of the next kernels
     command = [sys.executable, "-m", "jupyterlab", *options]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
