@@ -54,7 +54,7 @@ def kl_strip_figure(
     says = _differing(len(tokens), policy_says, reference_says)
     most = max(values.max().item(), 1e-6)
     cells = [
-        _Cell(tuple(map(_visible, (token, f"{value:.2f}", *said))), max(value, 0) / most)
+        _Cell(tuple(map(visible, (token, f"{value:.2f}", *said))), max(value, 0) / most)
         for token, value, said in zip(tokens, values.tolist(), says, strict=True)
     ]
     lines = list(_lines(cells))
@@ -94,8 +94,10 @@ def _differing(
     return [("", "") if policy == reference else (policy, reference) for policy, reference in pairs]
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """Return a token with a sign for each character that has no shape, and not wider than a line."""
     text = text.replace("\n", "⏎").replace("\t", "⇥")
+    text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) < COLUMNS else f"{text[: COLUMNS - 2]}…"
 
 
