@@ -31,9 +31,9 @@ test: .venv/.test ## set up what is missing and check everything: style, types, 
 	$(RUN) -m mypy
 	$(RUN) -m pytest
 
-bench: .venv/.lab ## measure speed and memory on this machine
+bench: .venv/.test ## measure speed and memory on this machine, into benchmarks/RESULTS.md
 	$(FETCH_MODEL)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN) "$$script" || exit 1; done
+	$(RUN) -m tools.bench benchmarks/RESULTS.md benchmarks/*.py "benchmarks/price.py --truth"
 
 notebooks: .venv/.test ## run the notebooks and store their outputs
 	$(FETCH_MODEL)

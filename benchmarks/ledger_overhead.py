@@ -1,22 +1,26 @@
-"""Measure how much longer a training step takes while a ledger counts.
+"""Measure how much longer a training step takes while a ledger counts, and while PyTorch's profiler does.
 
     python benchmarks/ledger_overhead.py                  smollm2
-    python benchmarks/ledger_overhead.py pocket --pairs 30
+    python benchmarks/ledger_overhead.py pocket --rounds 30
 
-One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. Steps with and
-without a ledger take turns, so that a machine that gets slower or faster meanwhile does so for both. What is
-left of noise on a CPU comes from memory that is given back and fetched again; glibc keeps it when told to:
+One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. Steps with nothing, with a
+ledger and with `torch.profiler(profile_memory=True)` take turns, so that a machine that gets slower or faster meanwhile
+does so for all. What is left of noise on a CPU comes from memory that is given back and fetched again; glibc keeps it
+when told to:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/ledger_overhead.py
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch.profiler import profile
 
 from refkl_lib import CloneReference, MemoryLedger, load_model, policy_loss
 
@@ -50,15 +54,20 @@ def seconds_of(step: Callable[[], None]) -> Seconds:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def measure(step: Callable[[], None], ledger: MemoryLedger, pairs: int) -> dict[bool, list[Seconds]]:
-    """Return the times of `pairs` steps without (False) and as many with the ledger (True)."""
-    times: dict[bool, list[Seconds]] = {False: [], True: []}
-    for turn in range(2 * pairs + 2):
-        counted = turn % 2 == 1
-        with ledger if counted else nullcontext():
-            seconds = seconds_of(step)
-        if turn >= 2:  # The first step of each kind makes the optimizer's state and fills caches.
-            times[counted].append(seconds)
+def watchers(ledger: MemoryLedger) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    """Return what can look at a step's memory, and nothing to compare with."""
+    return {"nothing": nullcontext, "ledger": lambda: ledger, "profiler": lambda: profile(profile_memory=True)}
+
+
+def measure(step: Callable[[], None], ledger: MemoryLedger, rounds: int) -> dict[str, list[Seconds]]:
+    """Return the times of `rounds` steps under each watcher, in turn."""
+    times: dict[str, list[Seconds]] = {name: [] for name in watchers(ledger)}
+    for turn in range(rounds + 1):
+        for name, watcher in watchers(ledger).items():
+            with watcher():
+                seconds = seconds_of(step)
+            if turn:  # The first step of each kind makes the optimizer's state and fills caches.
+                times[name].append(seconds)
     return times
 
 
@@ -68,14 +77,16 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2", help="pocket, smollm2, a folder or a hub id")
     parser.add_argument("--batch", type=int, default=2, help="sequences in the batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument("--pairs", type=int, default=7, help="steps with and as many without the ledger")
+    parser.add_argument("--rounds", type=int, default=7, help="steps under each watcher")
     options = parser.parse_args()
-    times = measure(*training_step(options.model, options.batch, options.tokens), options.pairs)
-    print(f"{options.model}, {options.batch} x {options.tokens} tokens, median of {options.pairs} steps")
-    print(f"{'seconds':<10}{'without':>10}{'with':>10}{'ratio':>8}")
-    for row, name in enumerate(("clock", "processor")):
-        without, with_ledger = (statistics.median(pair[row] for pair in times[kind]) for kind in (False, True))
-        print(f"{name:<10}{without:>10.4f}{with_ledger:>10.4f}{with_ledger / without:>8.3f}")
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of its start and end
+    times = measure(*training_step(options.model, options.batch, options.tokens), options.rounds)
+    print(f"{options.model}, {options.batch} x {options.tokens} tokens, medians of {options.rounds} steps each")
+    print(f"{'watched by':<12}{'clock s':>10}{'ratio':>8}{'processor s':>14}{'ratio':>8}")
+    bare = [statistics.median(column) for column in zip(*times["nothing"], strict=True)]
+    for name, pairs in times.items():
+        clock, processor = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"{name:<12}{clock:>10.4f}{clock / bare[0]:>8.3f}{processor:>14.4f}{processor / bare[1]:>8.3f}")
 
 
 if __name__ == "__main__":
