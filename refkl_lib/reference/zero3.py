@@ -48,7 +48,8 @@ class ZeRO3Reference(Reference):
     `source` is what the policy was loaded from (see `load_model`): changes made to the policy in memory,
     resized embeddings say, are not in it. `ds_config` is the job's own configuration, a dict or the path of a
     JSON file, or else the one that transformers holds (`HfDeepSpeedConfig`). `dtype` and `offload` (where the
-    shards wait: "none" keeps them on the device) are the job's unless given.
+    shards wait: "none" keeps them on the device) are the job's unless given. On "nvme" DeepSpeed keeps shards of less
+    than 1 MiB in memory, and leaves its files in `nvme_path` when the job ends.
     Raises ImportError without deepspeed, RuntimeError outside of a distributed job or for "nvme" where DeepSpeed
     cannot reach it, ValueError for an offload that is unknown or lacks its `nvme_path`, and as `load_model` does.
     """
