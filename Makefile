@@ -15,7 +15,7 @@ FETCH_MODEL := @test -d "$${REFKL_CACHE:-.cache}/smollm2" || $(RUN) -m refkl_lib
 # Jupyter refuses to run as root unless told; in a container there is often nobody else.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test bench notebooks fresh lock
+.PHONY: help lab test bench notebooks site pdf room fresh lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,22 @@ notebooks: .venv/.test ## run the notebooks and store their outputs
 	$(FETCH_MODEL)
 	$(RUN) -m tools.notebooks notebooks/*.ipynb
 
+site: .venv/.test ## build the course as a site that needs no server, in build/site
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -c docs . build/site
+	@echo "Open build/site/index.html"
+
+pdf: site ## print each lesson of the site and the cheat sheet, in build/pdf
+	$(RUN) -m tools.pdf build/site/notebooks/*.html build/site/docs/instructor/cheat_sheet.html --to build/pdf
+
+room: .venv/.lab ## gather packages and model for a room without network, in build/room
+	$(FETCH_MODEL)
+	.venv/bin/python -m pip wheel --quiet --constraint constraints.txt --wheel-dir build/room/wheels \
+	    '.[lab]' 'pip>=25.2' 'setuptools>=77'
+	@rm -rf build/lib build/bdist.*  # what setuptools left would be in the next wheel, also files that are gone
+	@mkdir -p build/room/cache && cp -R "$${REFKL_CACHE:-.cache}/smollm2" build/room/cache
+
 fresh: .venv/.test ## try `make lab` in an empty folder with an empty HOME (downloads everything again)
-	$(RUN) -m pytest -m fresh tests/test_lab.py
+	$(RUN) -m pytest -m fresh tests/test_lab.py tests/test_room.py
 
 lock: .venv/bin/pip ## choose the versions in constraints.txt again, after pyproject.toml changed
 	.venv/bin/python -m pip install --quiet uv
@@ -48,7 +62,8 @@ lock: .venv/bin/pip ## choose the versions in constraints.txt again, after pypro
 	    --all-extras --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock'
 
 # The extra is the stamp's name; `test` contains `lab`. pip 25.2 resumes a download that broke off. The last
-# command keeps JupyterLab from greeting a learner with a question about its newsletter.
+# commands keep JupyterLab from greeting a learner with a question about its newsletter, and let it save widgets with
+# a notebook, which else shows errors in their place when it is opened again.
 .venv/.lab .venv/.test: pyproject.toml constraints.txt | .venv/bin/pip
 	@{ .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.2' \
 	    && .venv/bin/python -m pip install --constraint constraints.txt --editable '.[$(@:.venv/.%=%)]'; } \
@@ -56,6 +71,9 @@ lock: .venv/bin/pip ## choose the versions in constraints.txt again, after pypro
 	    "and 2 GB of disk, several more with CUDA; the same command goes on where this stopped." >&2; exit 1; }
 	@$(RUN) -m jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements \
 	    >.venv/labextension.log 2>&1
+	@mkdir -p .venv/share/jupyter/lab/settings
+	@echo '{"@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": true}}' \
+	    >.venv/share/jupyter/lab/settings/overrides.json
 	@touch .venv/.lab $@
 
 .venv/bin/pip:

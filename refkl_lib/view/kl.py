@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.view.panel import Panel, Picture, image_html, message
+from refkl_lib.view.slider import Slider
 
 POLICY, REFERENCE = "#0072B2", "#E69F00"
 ESTIMATOR_STYLES = {"k1": ("#0072B2", "-"), "k2": ("#E69F00", "--"), "k3": ("#009E73", "-.")}
@@ -75,9 +76,9 @@ class DirectionPanel(Panel):
         self.picture.value = image_html(self.figure(), self.alt)
 
 
-def _slider(label: str, value: float, low: float, high: float) -> widgets.FloatSlider:
-    layout = widgets.Layout(width="420px")
-    return widgets.FloatSlider(value=value, min=low, max=high, step=0.1, description=label, layout=layout)
+def _slider(label: str, value: float, low: float, high: float) -> Slider:
+    steps = [round(low + step / 10, 1) for step in range(round((high - low) * 10) + 1)]
+    return Slider(label, [(f"{step:.1f}", step) for step in steps], value)
 
 
 def _peak(mean: float | Tensor, width: float) -> Tensor:

@@ -79,6 +79,15 @@ class Live:
         return self._widget._repr_mimebundle_() | {"text/plain": text, "text/html": f"<em>{text}</em>"}
 
 
+def clear(readout: widgets.HTML) -> None:
+    """Let a readout vanish when its cell is done.
+
+    It is not closed: a notebook that is opened again would say in its place that a widget was not found.
+    """
+    readout.value = ""
+    readout.layout = widgets.Layout(display="none")
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG on white, which both the light and the dark theme can show."""
     file = BytesIO()

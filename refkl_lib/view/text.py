@@ -20,6 +20,7 @@ from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.log_probs import token_log_probs
 from refkl_lib.reference.base import Reference
 from refkl_lib.view.panel import Panel
+from refkl_lib.view.slider import Slider
 from refkl_lib.view.strip import kl_strip_figure, visible
 
 DIRECTIONS = ("KL(policy‖reference)", "KL(reference‖policy)")
@@ -99,9 +100,8 @@ class KLPanel(Panel):
             description="measure",
             layout=widgets.Layout(width="250px"),
         )
-        self.place = widgets.IntSlider(
-            value=place, max=len(self.text.tokens) - 1, description="token", layout=widgets.Layout(width="420px")
-        )
+        steps = [(f"{at} {visible(token)}", at) for at, token in enumerate(self.text.tokens)]
+        self.place = Slider("token", steps, place)
         self.strip, self.detail = widgets.HTML(), widgets.HTML(layout=widgets.Layout(min_height="190px"))
         chosen = widgets.HBox([self.direction, self.measure], layout=widgets.Layout(flex_flow="row wrap"))
         self.widget = widgets.VBox(
