@@ -5,6 +5,7 @@ run.kl        # nats per token at each step: the same for every strategy
 run.owners    # bytes by owner at the peak: not the same
 """
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from refkl_lib.memory.ledger import OWNERS, MemoryLedger
-from refkl_lib.models import load_model
+from refkl_lib.models import load_model, load_tokenizer
 from refkl_lib.ranks.launch import ZeRO3Run, launch_zero3
 from refkl_lib.reference import STRATEGIES, Reference, create_reference
 from refkl_lib.reference.adapter import add_lora
@@ -28,10 +29,10 @@ from refkl_lib.units import show_bytes
 class StrategyRun:
     """A few training steps with a reference kept in one way.
 
-    `kl` is KL(policy‖reference) in nats per token, before each step. `owners` are bytes at the peak of a
-    step, `reference_bytes` what the reference holds beyond the policy; with several ranks both are those of
-    the fullest, and what is gathered there counts as activations. `step_seconds` and `reference_seconds` (the
-    reference's part of a step) are medians.
+    `kl` is KL(policy‖reference) in nats per token, before each step; with "precomputed" an estimate (`policy_loss`),
+    which is another number. `owners` are bytes at the peak of a step, `reference_bytes` what the reference holds beyond
+    the policy (with "swap" in host memory); with several ranks both are those of the fullest, and what is gathered
+    there counts as activations. `step_seconds` and `reference_seconds` (the reference's part of a step) are medians.
     `lora_rank` is None for full fine-tuning.
     """
 
@@ -74,7 +75,8 @@ class StrategyRun:
         """Return a short label: strategy, what trains, and of how many ranks this is one."""
         trains = "all weights" if self.lora_rank is None else f"LoRA {self.lora_rank}"
         where = f", each of {self.ranks}" if self.ranks > 1 else ""
-        return f"{self.strategy}, {trains}{where}"
+        estimated = ", KL estimated" if self.strategy == "precomputed" else ""
+        return f"{self.strategy}, {trains}{where}{estimated}"
 
 
 def bill_table(runs: Sequence[StrategyRun]) -> str:
@@ -109,10 +111,12 @@ def run_strategy(
 ) -> StrategyRun:
     """Train `model` for `steps` steps on real text with a KL penalty, its reference kept by `strategy`.
 
-    The same arguments give the same policy under every strategy, so the KL must agree; that is the point.
-    `lora_rank=None` trains all weights, which leaves "adapter" nothing to switch off. The learning rate is
-    1e-3 for an adapter and 1e-5 for all weights unless given. "zero3" starts `ranks`
-    processes (`launch_zero3`), each on the same batch; `ranks` and `on_event` are theirs alone.
+    The same arguments give the same policy under every strategy, so the KL must agree; that is the point. The one
+    exception is "precomputed", whose log-probs are written to a temporary folder before the first step: its KL is
+    estimated from them, so the policy trains differently from the second step on.
+    `lora_rank=None` trains all weights, which leaves "adapter" nothing to switch off; "swap" is for that alone. The
+    learning rate is 1e-3 for an adapter and 1e-5 for all weights unless given. "zero3" starts `ranks` processes
+    (`launch_zero3`), each on the same batch; `ranks` and `on_event` are theirs alone.
     Raises ValueError for an unknown strategy or a count below 1, and what the strategy raises.
     """
     if strategy not in STRATEGIES:
@@ -129,9 +133,22 @@ def run_strategy(
 
 
 def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dict[str, Any]) -> StrategyRun:
-    policy, reference = _policy_and_reference(strategy, model, settings["lora_rank"], training["seed"])
     text = sample_batch(model, settings["batch"], settings["seq"])
-    inputs = {name: tensor.to(next(policy.parameters()).device) for name, tensor in text.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(strategy, model, text, folder)
+        policy, reference = _policy_and_reference(strategy, model, settings["lora_rank"], training["seed"], options)
+        inputs = {name: tensor.to(next(policy.parameters()).device) for name, tensor in text.items()}
+        return _measured(strategy, policy, reference, inputs, settings, training)
+
+
+def _measured(
+    strategy: str,
+    policy: nn.Module,
+    reference: Reference,
+    inputs: dict[str, Any],
+    settings: dict[str, Any],
+    training: dict[str, Any],
+) -> StrategyRun:
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training["learning_rate"], weight_decay=0.0)
     timed = TimedReference(reference)
@@ -156,14 +173,23 @@ def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dic
     )
 
 
-def _policy_and_reference(strategy: str, model: str, lora_rank: int | None, seed: int) -> tuple[nn.Module, Reference]:
+def _options(strategy: str, model: str, text: dict[str, Any], folder: str) -> dict[str, Any]:
+    if strategy != "precomputed":
+        return {}
+    return {"batches": [text], "folder": folder, "tokenizer": load_tokenizer(model), "progress": False}
+
+
+def _policy_and_reference(
+    strategy: str, model: str, lora_rank: int | None, seed: int, options: dict[str, Any]
+) -> tuple[nn.Module, Reference]:
     policy = load_model(model)
-    # A clone is made of the bare model: there is no need to copy an adapter that does nothing yet.
-    reference = create_reference(policy, "clone") if strategy == "clone" else None
+    # These are made of the bare model: there is no need to copy or to ask an adapter that does nothing yet.
+    early = strategy in ("clone", "precomputed")
+    reference = create_reference(policy, strategy, **options) if early else None
     if lora_rank is not None:
         torch.manual_seed(seed)
         policy = add_lora(policy, lora_rank)
-    return policy, reference or create_reference(policy, strategy)
+    return policy, reference or create_reference(policy, strategy, **options)
 
 
 def _step(

@@ -1,6 +1,7 @@
 """The training step that the whole kit measures: next-token loss plus a KL penalty."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refkl_lib.kl.divergence import GivesLogits, Pass, hidden_states, kl_of_passes, policy_states
+from refkl_lib.kl.estimators import kl_loss
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.linear import HeadOutput, linear_token_log_probs
+from refkl_lib.kl.log_probs import token_log_probs
 from refkl_lib.kl.reduce import masked_mean
+from refkl_lib.reference.base import Reference
 
 KLFrom = Literal["full", "linear"]
 
@@ -27,10 +31,16 @@ def policy_loss(
     `batch` holds input_ids and attention_mask (B, T); the KL is in nats per counted token. With `kl="full"` both
     models give logits (B, T, V), and the policy may be any callable module, a DeepSpeed engine too. With
     `kl="linear"` loss and KL are those same numbers, but from hidden states, a few tokens' logits at a time.
+
+    Of a reference that knows log-probs alone (`has_logits` is False), the KL is the estimate whose gradient is right
+    as it is, k2 (`kl_loss`), of the batch's own tokens. If the policy did not sample these, it is not the KL, but
+    still 0 where the two models agree and a pull back where they do not.
     Raises ValueError if `kl` is neither, or is "linear" and a head is more than a linear layer on this device
     (`hidden_states`).
     """
     _check_kl(kl)
+    if not getattr(reference, "has_logits", True):
+        return _from_log_probs(policy, reference, batch, beta, kl)
     from_where = _from_logits if kl == "full" else _from_hidden_states
     return from_where(policy, reference, batch, beta)
 
@@ -67,29 +77,57 @@ def _from_hidden_states(
     return _linear_cross_entropy(p, output, batch) + beta * kl, kl
 
 
+def _from_log_probs(
+    policy: nn.Module, reference: Any, batch: dict[str, Any], beta: float, kl_from: KLFrom
+) -> tuple[Tensor, Tensor]:
+    mask = batch["attention_mask"]
+    ref_log_probs = reference.log_probs(input_ids=batch["input_ids"], attention_mask=mask)
+    log_probs = _next_token_log_probs(policy, batch, kl_from)
+    kl = kl_loss(log_probs, ref_log_probs, "k2", mask[:, 1:] * mask[:, :-1])
+    return beta * kl - masked_mean(log_probs, mask[:, 1:]), kl
+
+
+def _next_token_log_probs(policy: nn.Module, batch: dict[str, Any], kl_from: KLFrom) -> Tensor:
+    if kl_from == "full":
+        logits = policy(**{"use_cache": False} | batch).logits
+        return token_log_probs(logits[:, :-1], batch["input_ids"][:, 1:])
+    return _linear_log_probs(*policy_states(policy, batch), batch)
+
+
 def _cross_entropy(logits: Tensor, batch: dict[str, Any]) -> Tensor:
     targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
 
 
 def _linear_cross_entropy(p: Pass, output: HeadOutput, batch: dict[str, Any]) -> Tensor:
-    ids, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
-    log_probs = linear_token_log_probs(p.hidden[:, :-1], p.head, ids, scale=output.scale, softcap=output.softcap)
-    return -masked_mean(log_probs, mask)
+    return -masked_mean(_linear_log_probs(p, output, batch), batch["attention_mask"][:, 1:])
+
+
+def _linear_log_probs(p: Pass, output: HeadOutput, batch: dict[str, Any]) -> Tensor:
+    ids = batch["input_ids"][:, 1:]
+    return linear_token_log_probs(p.hidden[:, :-1], p.head, ids, scale=output.scale, softcap=output.softcap)
 
 
 class TimedReference:
     """A reference that notes how many seconds each of its passes took."""
 
-    def __init__(self, reference: GivesLogits) -> None:
+    def __init__(self, reference: Reference) -> None:
         self.reference = reference
+        self.has_logits = reference.has_logits
         self.seconds: list[float] = []
 
     def logits(self, **inputs: Any) -> Tensor:
         """Return the reference's logits, and note the time until they are there."""
+        return self._timed(self.reference.logits, inputs)
+
+    def log_probs(self, **inputs: Any) -> Tensor:
+        """Return the reference's log-probs, and note the time until they are there."""
+        return self._timed(self.reference.log_probs, inputs)
+
+    def _timed(self, ask: Callable[..., Tensor], inputs: dict[str, Any]) -> Tensor:
         started = time.perf_counter()
-        logits = self.reference.logits(**inputs)
-        if logits.is_cuda:
+        answer = ask(**inputs)
+        if answer.is_cuda:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - started)
-        return logits
+        return answer

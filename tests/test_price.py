@@ -160,6 +160,47 @@ def test_data_parallel_ranks_hold_their_gradients_twice():
     assert eight.peak >= one.peak + trained
 
 
+def test_a_swapped_reference_waits_in_host_memory():
+    swap, clone = (of_llama(strategy, kl="full") for strategy in ("swap", "clone"))
+    whole = clone.reference_bytes
+    assert swap.reference_bytes == whole
+    assert swap.host == {"policy": whole, "reference": whole}
+    assert swap.at_rest == swap.without_reference.at_rest
+    assert swap.owners["reference"] == 0
+    # In the pass the policy's storages hold the reference: on the device, a copy less than with a clone.
+    totals = [{phase: sum(owners.values()) for phase, owners in bill.phases.items()} for bill in (swap, clone)]
+    assert totals[0] == {phase: total - whole for phase, total in totals[1].items()}
+    assert "reference, in host memory" in repr(swap)
+    assert "in each rank's host memory wait" in repr(swap)
+    here = of_llama("swap", kl="full", device="cpu")
+    assert here.host == {}, "on a CPU it is all one memory"
+    assert here.at_rest["reference"] == whole
+    assert sum(here.phases["reference"].values()) > sum(here.at_rest.values()) + whole, "the policy waits as well"
+
+
+def test_hidden_states_of_a_swap_cost_a_head():
+    swap, clone = (of_llama(strategy, kl="linear") for strategy in ("swap", "clone"))
+    head = CONFIGS["llama"].vocab_size * CONFIGS["llama"].hidden_size * 2
+    assert sum(swap.phases["loss"].values()) == sum(clone.phases["loss"].values()) - clone.reference_bytes + head
+
+
+def test_precomputed_log_probs_are_all_there_is_of_a_reference():
+    batch, seq = 2, 64
+    bill = of_llama("precomputed", batch=batch, seq=seq)
+    assert bill.reference_bytes == 0
+    assert bill.at_rest == bill.without_reference.at_rest
+    during, before = bill.phases["reference"], bill.at_rest
+    assert during["activations"] == before["activations"] + batch * (seq - 1) * 4
+    assert bill.peak < of_llama("clone").peak
+    assert "the KL is estimated from them (k2)" in repr(bill)
+
+
+def test_data_parallel_ranks_each_swap():
+    one, eight = of_llama("swap"), of_llama("swap", ranks=8)
+    assert eight.host == one.host
+    assert eight.peak >= one.peak + one.trained * 2
+
+
 def test_a_reference_that_follows_has_its_own_phase():
     bill = of_llama(sync=0.6)
     assert list(bill.phases)[-1] == "sync"
@@ -242,6 +283,8 @@ def test_a_configuration_may_be_a_file(tmp_path):
         ADAPTER | {"kl": "linear", "device": "cuda", "dtype": "bf16"},
         {"kl": "linear", "checkpointing": True, "dtype": "mixed", "device": "cuda"},
         {"strategy": "zero3", "dtype": "bf16", "zero": zero3_of({}, 4, 64)},
+        {"strategy": "swap", "kl": "full", "dtype": "bf16", "device": "cuda"},
+        {"strategy": "precomputed", "kl": "linear", "dtype": "mixed", "device": "cuda"},
     ],
 )
 def test_two_depths_give_the_trace_of_a_third(shape, settings):
@@ -333,12 +376,16 @@ def test_the_largest_needs_no_more_than_a_small_one():
         ({"ranks": 1.5}, "ranks is 1.5"),
         ({"lora_rank": 0}, "lora_rank is 0"),
         ({"strategy": "adapter"}, "give lora_rank=16"),
-        ({"ds_config": {}}, "of shards there is no clone"),
+        ({"ds_config": {}}, "of shards there is no clone reference"),
         ({"strategy": "zero3", "kl": "linear"}, 'use kl="full"'),
         ({"offload": "cpu"}, 'is for the shards of strategy="zero3"'),
         ({"strategy": "zero3", "offload": "moon"}, "offload is 'moon'"),
         ({"strategy": "adapter", "lora_rank": 4, "sync": 0.5}, "leave it out"),
         ({"sync": 2.0}, "alpha is 2"),
+        ({"strategy": "swap", "lora_rank": 4}, 'use strategy="adapter"'),
+        ({"strategy": "swap", "ds_config": {}}, "of shards there is no swap reference"),
+        ({"strategy": "precomputed", "ds_config": {}}, "of shards there is no precomputed reference"),
+        ({"strategy": "swap", "sync": 0.5}, "leave it out"),
         ({"lora_rank": 4, "targets": "no_such_layer"}, "no_such_layer"),
     ],
 )
@@ -368,6 +415,11 @@ def test_what_is_made_of_the_batch_keeps_its_values():
 def test_what_is_made_of_numbers_has_no_value():
     with MetaDevice("cpu"):
         values = torch.empty(2, 3, device="meta")
+        assert torch.isfinite(values).all(), "but none is NaN or infinite"
+        assert bool((values < torch.inf).all())
+        for unknown in (values < 1.0, values == torch.zeros(2, 3, device="meta"), values != 0.5):
+            with pytest.raises(NotImplementedError, match="depends on the model's numbers"):
+                bool(unknown.all())
         with pytest.raises(NotImplementedError, match="depends on the model's numbers"):
             values.sum().item()
         with pytest.raises(NotImplementedError, match="selects by a mask that depends"):

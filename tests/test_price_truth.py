@@ -57,6 +57,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("neox", ADAPTER | {"checkpointing": True}),
     ("gemma2", {"kl": "linear", "dtype": "mixed"}),
     ("gemma2", ADAPTER | {"kl": "linear", "checkpointing": True, "dtype": "bf16"}),
+    ("llama", {"strategy": "swap"}),
+    ("qwen2", {"strategy": "swap", "dtype": "mixed", "checkpointing": True}),
+    ("gemma2", {"strategy": "swap", "dtype": "bf16"}),
+    ("neox", {"strategy": "swap", "dtype": "bf16", "kl": "linear"}),
+    ("llama", {"strategy": "precomputed"}),
+    ("qwen2", {"strategy": "precomputed", "kl": "linear", "dtype": "bf16", "checkpointing": True}),
+    ("neox", {"strategy": "precomputed", "lora_rank": 4, "kl": "linear"}),
     ("mixtral", {"kl": "linear"}),
     ("mixtral", ADAPTER | {"dtype": "bf16", "checkpointing": True}),
 ]
@@ -76,7 +83,10 @@ def test_each_stretch_of_the_step_to_the_byte(shape, settings):
     assert sum(priced.at_rest.values()) < max(sum(owners.values()) for _, owners in priced.moments)
 
 
-@pytest.mark.parametrize(("strategy", "lora_rank"), [("clone", None), ("clone", 8), ("adapter", 8)])
+@pytest.mark.parametrize(
+    ("strategy", "lora_rank"),
+    [("clone", None), ("clone", 8), ("adapter", 8), ("swap", None), ("precomputed", None), ("precomputed", 8)],
+)
 def test_the_bill_is_what_the_ledger_of_a_training_run_shows(strategy, lora_rank):
     batch, seq = 2, 32
     run = run_strategy(strategy, model="pocket", lora_rank=lora_rank, batch=batch, seq=seq, steps=2)

@@ -92,6 +92,20 @@ def test_three_strategies_send_three_bills(runs, model):
     assert runs["zero3"].owners["policy"] < runs["adapter"].owners["policy"] * 0.51
 
 
+def test_training_all_weights_a_swap_gives_the_kl_of_a_clone(model):
+    clone, swap = (run_strategy(strategy, lora_rank=None, seq=32) for strategy in ("clone", "swap"))
+    assert clone.kl == swap.kl, "bit for bit"
+    assert clone.kl[-1] > clone.kl[0] == 0.0
+    assert swap.reference_bytes == clone.reference_bytes == storage_bytes(model)
+
+
+def test_precomputed_log_probs_cost_no_memory(runs):
+    run = run_strategy("precomputed", lora_rank=8, seq=32)
+    assert run.reference_bytes == run.owners["reference"] == 0
+    assert run.kl[0] == 0.0 < run.kl[1] < run.kl[2]
+    assert run.peak <= runs["adapter"].peak
+
+
 def test_ranks_hold_the_same_reference_and_get_the_same_log_probs(ranks, model):
     clone = CloneReference(model)
     log_probs = clone.log_probs(**sample_batch("smollm2", batch=1, seq=32))

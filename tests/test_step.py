@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refkl_lib import add_lora, create_reference, load_model, policy_loss
-from refkl_lib.step import next_token_loss
+from refkl_lib import (
+    PrecomputedReference,
+    add_lora,
+    create_reference,
+    kl_loss,
+    load_model,
+    load_tokenizer,
+    policy_loss,
+    token_log_probs,
+)
+from refkl_lib.step import TimedReference, next_token_loss
 
 
 def models(lora_rank: int | None) -> tuple[nn.Module, Any]:
@@ -64,3 +73,51 @@ def test_a_head_with_an_adapter_is_refused_from_hidden_states():
     policy = add_lora(load_model("pocket"), 4, targets=["lm_head", "q_proj"], ensure_weight_tying=True)
     with pytest.raises(ValueError, match="not a plain linear layer"):
         policy_loss(policy, create_reference(policy, "adapter"), padded_batch(), 0.1, kl="linear")
+
+
+# A reference that knows log-probs alone
+
+
+@pytest.fixture
+def precomputed(tmp_path):
+    """Log-probs of the model that `models` starts from."""
+    options = {"tokenizer": load_tokenizer("pocket"), "progress": False}
+    return PrecomputedReference.compute(load_model("pocket"), [padded_batch()], tmp_path, **options)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("kl", ["full", "linear"])
+def test_log_probs_alone_give_the_loss_with_an_estimate(precomputed, lora_rank, kl):
+    policy, reference = models(lora_rank)
+    batch = padded_batch()
+    mask = batch["attention_mask"][:, 1:]
+    log_probs = token_log_probs(policy(**batch).logits[:, :-1], batch["input_ids"][:, 1:])
+    estimate = kl_loss(log_probs, reference.log_probs(**batch), "k2", mask)
+    expected = next_token_loss(policy, batch) + 0.3 * estimate
+    loss, value = policy_loss(policy, precomputed, batch, 0.3, kl=kl)
+    torch.testing.assert_close(value, estimate, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+    assert value > 0.01
+
+
+def test_what_an_adversary_could_count_in_the_padding_does_not(precomputed):
+    policy, _ = models(None)
+    batch = padded_batch()
+    batch["input_ids"] = batch["input_ids"].roll(9, dims=1)
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    batch["input_ids"][0] = padded_batch()["input_ids"][0]
+    loss, value = policy_loss(policy, precomputed, batch, 0.3)
+    assert torch.isfinite(loss)
+    torch.testing.assert_close(value, policy_loss(policy, precomputed, padded_batch(), 0.3)[1], rtol=1e-3, atol=1e-5)
+
+
+def test_each_look_up_is_timed(precomputed):
+    policy, _ = models(None)
+    timed = TimedReference(precomputed)
+    assert torch.equal(
+        policy_loss(policy, timed, padded_batch(), 0.1)[1], policy_loss(policy, precomputed, padded_batch(), 0.1)[1]
+    )
+    assert len(timed.seconds) == 1

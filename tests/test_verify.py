@@ -7,9 +7,12 @@ from training import train
 from refkl_lib import (
     AdapterReference,
     CloneReference,
+    PrecomputedReference,
+    SwapReference,
     add_lora,
     create_reference,
     load_model,
+    load_tokenizer,
     sample_batch,
     verify_reference,
 )
@@ -35,7 +38,7 @@ def only_finding(policy, reference, batch, **options):
     return report.findings[0]
 
 
-@pytest.mark.parametrize("strategy", ["clone", "adapter"])
+@pytest.mark.parametrize("strategy", ["clone", "adapter", "swap"])
 def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
     if strategy == "adapter":
         policy = add_lora(policy, rank=4)
@@ -49,6 +52,57 @@ def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
     assert after.kl > 0
     assert after.fingerprint == before.fingerprint
     assert f"{strategy}: a reference" in str(after)
+    assert before.unchecked == after.unchecked == ()
+
+
+@pytest.fixture
+def precomputed(policy, batch, tmp_path):
+    return PrecomputedReference.compute(policy, [batch], tmp_path, tokenizer=load_tokenizer("pocket"), progress=False)
+
+
+def test_log_probs_pass_by_log_probs_and_what_they_cannot_tell_is_said(policy, batch, precomputed):
+    before = verify_reference(policy, precomputed, batch)
+    before.raise_for_findings()
+    assert (before.kl, before.max_log_prob_difference) == (None, 0.0)
+    train(policy, precomputed, batch)
+    after = verify_reference(policy, precomputed, batch, since=before)
+    after.raise_for_findings()
+    assert after.max_log_prob_difference > 0.01
+    assert len(after.unchecked) == 2
+    assert "not checked: the KL" in str(after)
+    assert "not checked: the weights" in str(after)
+    assert "largest |Δ log-prob|" in str(after)
+
+
+def test_log_probs_of_another_model_are_found(policy, batch, precomputed):
+    with torch.no_grad():
+        policy.model.norm.weight.mul_(1.5)
+    assert "not the model that training starts from" in only_finding(policy, precomputed, batch)
+    other = verify_reference(policy, CloneReference(policy), batch)
+    assert "changed since" in only_finding(policy, precomputed, batch, since=other)
+
+
+def test_log_probs_of_padded_batches(policy, batch, tmp_path):
+    batch["attention_mask"][0, :5] = 0
+    batch["attention_mask"][1, -5:] = 0
+    reference = PrecomputedReference.compute(
+        policy, [batch], tmp_path, tokenizer=load_tokenizer("pocket"), progress=False
+    )
+    assert verify_reference(policy, reference, batch).ok
+
+
+def test_a_swap_without_its_way_back(policy, batch):
+    class Careless(SwapReference):
+        def logits(self, **inputs):
+            for place, weights in zip(self._places(), self.waiting, strict=True):
+                place.copy_(weights)
+            with torch.no_grad():
+                return self.policy(**inputs, use_cache=False).logits
+
+    reference = Careless(policy)
+    before = verify_reference(policy, reference, batch)
+    train(policy, CloneReference(policy), batch, steps=2)
+    assert only_finding(policy, reference, batch, since=before) == "a pass changes the policy's weights"
 
 
 def test_a_model_that_training_did_not_start_from(policy, batch):

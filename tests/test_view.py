@@ -2,6 +2,7 @@
 
 import base64
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ def face(thing):
 
 
 # Figures
+
+
+def test_an_estimated_kl_is_called_one():
+    assert replace(CLONE, strategy="precomputed").name == "precomputed, LoRA 8, KL estimated"
+    assert "KL estimated" in runs_html([replace(CLONE, strategy="precomputed")])
 
 
 def test_bars_are_the_bytes_of_the_owners_end_to_end():

@@ -4,6 +4,7 @@ The KL comes from hidden states where the two heads are known to be all that sta
 (`linear_kl`), else from whole logits (`exact_kl`), and then a warning says why. The number is the same.
 """
 
+import copy
 import inspect
 import warnings
 from contextlib import AbstractContextManager
@@ -73,7 +74,9 @@ def hidden_states(policy: nn.Module, reference: GivesLogits, inputs: dict[str, A
     if as_reference is None:
         raise WholeLogitsError(f"a {type(reference).__name__} does not give its model (as_reference), only logits")
     _plain_head(policy)  # if it has none, say so before the passes
-    q = _reference_pass(as_reference(), inputs)  # first, so that it does not run on top of what the policy's pass keeps
+    keeps_head = getattr(reference, "keeps_head", True)
+    # First, so that it does not run on top of what the policy's pass keeps.
+    q = _reference_pass(as_reference(), inputs, keeps_head)
     # The checks after both passes: had the one borrowed the other's head, it would be given back by now.
     p, output = policy_states(policy, inputs)
     _check_last(q, output, "reference")
@@ -93,9 +96,11 @@ def kl_of_passes(p: Pass, q: Pass, output: HeadOutput, mask: Tensor | None, redu
 
 
 @torch.no_grad()
-def _reference_pass(as_reference: AbstractContextManager[nn.Module], inputs: dict[str, Any]) -> Pass:
+def _reference_pass(as_reference: AbstractContextManager[nn.Module], inputs: dict[str, Any], keeps_head: bool) -> Pass:
     with as_reference as model:
-        return _pass(model, inputs)
+        q = _pass(model, inputs)
+        # A swap's head is the policy's again when its pass is over.
+        return q if keeps_head else q._replace(head=copy.deepcopy(q.head))
 
 
 def _pass(model: Any, inputs: dict[str, Any]) -> Pass:

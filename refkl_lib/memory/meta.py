@@ -143,6 +143,18 @@ class _Values(TorchDispatchMode):
             self._know(result, torch.zeros(result.shape, dtype=torch.bool))
         return result
 
+    def answer_finite(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        """Answer that a number equals itself, and is not infinity, but less."""
+        result = func(*args, **kwargs)
+        if not result.is_meta:
+            return result
+        left, right = args
+        if left is right or (isinstance(right, float) and right == torch.inf):
+            self._know(result, torch.ones(result.shape, dtype=torch.bool))
+        elif _may_be_known(func, result):
+            self._follow(func, args, kwargs, result)
+        return result
+
     def answer_allclose(self, func: Any, args: tuple, kwargs: dict) -> bool:
         """Answer that two tensors agree, where there are no numbers."""
         return True if args[0].is_meta else func(*args, **kwargs)
@@ -183,6 +195,9 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     aten.index_put.default: _Values.answer_index,
     aten.index_put_.default: _Values.answer_index,
     aten.isnan.default: _Values.answer_isnan,
+    aten.eq.Tensor: _Values.answer_finite,
+    aten.ne.Scalar: _Values.answer_finite,
+    aten.lt.Scalar: _Values.answer_finite,
     aten.allclose.default: _Values.answer_allclose,
     aten._grouped_mm.default: _Values.answer_grouped_mm,
     aten.native_layer_norm.default: _Values.answer_layer_norm,

@@ -30,7 +30,13 @@ from refkl_lib.memory.trace import Attention, Moment, Precision, Step, Trace, la
 from refkl_lib.step import KLFrom
 from refkl_lib.units import show_bytes
 
-STRATEGIES = ("clone", "adapter", "zero3", "plain")
+STRATEGIES = ("clone", "adapter", "zero3", "plain", "swap", "precomputed")
+_OF_A_WHOLE_POLICY = ("clone", "swap", "precomputed")
+_NOTES = {
+    "swap": "in each rank's host memory wait the reference's weights and, in its pass, the policy's beside them; not "
+    "counted: PyTorch takes pinned memory in blocks of a power of two, up to twice as much",
+    "precomputed": "the reference's log-probs are on disk, and the KL is estimated from them (k2)",
+}
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -55,10 +61,11 @@ def price(
 ) -> Bill:
     """Return what one step of KL-regularised training will hold, on each rank, when steps have gone before.
 
-    `model` is a name, a folder or a configuration (`config_of`). `strategy` is "clone" or "adapter" of a whole policy,
-    one on each of `ranks` GPUs; "zero3", policy and reference partitioned over the ranks; "plain", the reference
-    whole beside a partitioned policy; or "adapter" with a `ds_config`, of a partitioned policy. `ds_config`, a dict or
-    a JSON file, sizes ZeRO-3's buckets; "auto" is what transformers makes of it.
+    `model` is a name, a folder or a configuration (`config_of`). `strategy` is "clone", "adapter", "swap" (weights that
+    wait in host memory) or "precomputed" (log-probs on disk) of a whole policy, one on each of `ranks` GPUs; "zero3",
+    policy and reference partitioned over the ranks; "plain", the reference whole beside a partitioned policy; or
+    "adapter" with a `ds_config`, of a partitioned policy. `ds_config`, a dict or a JSON file, sizes ZeRO-3's buckets;
+    "auto" is what transformers makes of it.
 
     - `batch` sequences of `seq` tokens on each rank; `lora_rank=None` trains all weights.
     - `dtype`: "fp32"; "bf16", weights, gradients and moments; "mixed", bf16 weights and gradients with float32 master
@@ -189,7 +196,10 @@ def _assumptions(model: PreTrainedModel, step: Step, ranks: int) -> Iterator[str
         "mixed": "weights and gradients are bfloat16; master weights and the optimizer's states are float32",
     }["mixed" if step.zero is not None and step.dtype == "bf16" else step.dtype]
     yield f"attention is {_attention(model, step)}"
-    yield "no logits (B, T, V) are kept" if step.kl == "linear" else "both models' logits (B, T, V) are whole"
+    whose = "the policy's" if step.strategy in (None, "precomputed") else "both models'"
+    yield "no logits (B, T, V) are kept" if step.kl == "linear" else f"{whose} logits (B, T, V) are whole"
+    if step.strategy in _NOTES:
+        yield _NOTES[step.strategy]
     if step.device == "cuda" and step.optimizer == "adamw":
         yield "the optimizer's step is one kernel, without memory of its own"
     if step.optimizer == "adamw8bit":
@@ -257,10 +267,15 @@ def _check_together(settings: dict[str, Any]) -> None:
     strategy, partitioned = settings["strategy"], _is_partitioned(settings)
     if strategy == "adapter" and settings["lora_rank"] is None:
         raise ValueError('strategy "adapter" has no adapter to switch off: give lora_rank=16, say')
-    if strategy == "clone" and partitioned:
+    if strategy == "swap" and settings["lora_rank"] is not None:
         raise ValueError(
-            'ds_config partitions the policy, and of shards there is no clone: use strategy="zero3", "adapter" with a '
-            'lora_rank, or "plain", a whole copy on every rank'
+            f"lora_rank is {settings['lora_rank']}, but with an adapter there is nothing to swap: use "
+            'strategy="adapter", which switches it off'
+        )
+    if strategy in _OF_A_WHOLE_POLICY and partitioned:
+        raise ValueError(
+            f"ds_config partitions the policy, and of shards there is no {strategy} reference here: use "
+            'strategy="zero3", "adapter" with a lora_rank, or "plain", a whole copy on every rank'
         )
     if partitioned and settings["kl"] == "linear":
         raise ValueError(

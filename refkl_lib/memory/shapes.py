@@ -18,9 +18,11 @@ Model: TypeAlias = str | os.PathLike[str] | PreTrainedConfig
 def known_models() -> dict[str, int]:
     """Return the models whose shapes come with this library, by hub id, and how many parameters each has.
 
-    The shapes were written down by hand and have not been compared with the files at `published_at`. A test builds
-    each model and counts its parameters; the count it compares with was written down by hand as well. For a bill
-    that matters, pass the configuration itself: `AutoConfig.from_pretrained(hub_id)`.
+    Each shape agrees with a transcription of the config.json at `published_at`, and half of them with a copy of it or
+    with the authors' own training file as well: data/shapes.json names both for each (`compared_with`), and the fields
+    that neither of them has (`not_compared`: mostly whether the embeddings are tied). A test builds each model and
+    counts its parameters. The files themselves were not read; for a bill that matters, pass the configuration:
+    `AutoConfig.from_pretrained(hub_id)`.
     """
     return {name: entry["parameters"] for name, entry in _shapes().items()}
 

@@ -23,7 +23,10 @@ from refkl_lib.memory.partition import Gathering, Zero3, held_by_a_rank, trained
 from refkl_lib.reference import Reference, create_reference
 from refkl_lib.reference.adapter import add_lora
 from refkl_lib.reference.clone import CloneReference
+from refkl_lib.reference.precomputed import PrecomputedReference
+from refkl_lib.reference.swap import SwapReference
 from refkl_lib.step import KLFrom, next_token_loss, policy_loss
+from refkl_lib.tensors import storage_bytes
 
 Phase = Literal["reference", "forward", "loss", "backward", "optimizer", "sync"]
 Precision = Literal["fp32", "bf16", "mixed"]
@@ -65,8 +68,8 @@ class Trace:
     """The most that lived in each stretch of a step, in order, and what lives between two steps; bytes by owner.
 
     `sizes` are "reference", the bytes it holds; "trained" and "trained bytes", the elements and bytes of the weights
-    that train; under ZeRO-3, "trained elements", what a rank has of them with padding, and bytes by owner in host
-    memory, "host policy" say.
+    that train; bytes by owner in host memory, "host policy" say; under ZeRO-3, "trained elements", what a rank has of
+    those that train, with padding.
     """
 
     moments: tuple[tuple[Moment, dict[str, int]], ...]
@@ -109,7 +112,20 @@ def _whole_step(
         watch.end()
         del held_by_loop
         held = {"reference": reference.owned_bytes() if reference else 0}
-        return Trace(tuple(watch.moments), ledger.now(), held | _trained(policy))
+        found = Trace(tuple(watch.moments), ledger.now(), held | _trained(policy))
+        return _off_device(found, policy) if step.strategy == "swap" and step.device == "cuda" else found
+
+
+def _off_device(found: Trace, policy: nn.Module) -> Trace:
+    """Take from the device what waits in host memory: the reference and, in its pass, a copy of the policy."""
+    copied = storage_bytes(policy)
+
+    def here(owners: dict[str, int], copies: int) -> dict[str, int]:
+        return owners | {"reference": 0, "activations": owners["activations"] - copies}
+
+    moments = ((m, here(owners, copied if m.phase == "reference" else 0)) for m, owners in found.moments)
+    host = {"host policy": copied, "host reference": found.sizes["reference"]}
+    return Trace(tuple(moments), here(found.at_rest, 0), found.sizes | host)
 
 
 def _partitioned_step(
@@ -161,9 +177,7 @@ def policy_and_reference(step: Step, device: str) -> tuple[nn.Module, Reference 
     """Return both models, the policy ready to train."""
     policy = model = model_of(step.config, step, device)
     with torch.device(device):
-        # A copy is made of the bare model: there is no need to copy an adapter that does nothing yet.
-        copied = step.strategy is not None and step.strategy != "adapter"
-        reference = CloneReference(model) if copied else None
+        reference = _reference_beside(model, step)
         if step.lora_rank is not None:
             policy = _with_lora(model, step)
     if step.zero is not None and step.dtype != "fp32":
@@ -173,6 +187,25 @@ def policy_and_reference(step: Step, device: str) -> tuple[nn.Module, Reference 
         model.activation_checkpointing_enable({"use_reentrant": False})
     policy.train()
     return policy, create_reference(policy, "adapter") if step.strategy == "adapter" else reference
+
+
+def _reference_beside(model: nn.Module, step: Step) -> Reference | None:
+    """Return a reference made of the bare model: there is no need to copy an adapter that does nothing yet."""
+    if step.strategy is None or step.strategy == "adapter":
+        return None
+    if step.strategy == "precomputed":
+        return _NotYetComputed()
+    return SwapReference(model) if step.strategy == "swap" else CloneReference(model)
+
+
+class _NotYetComputed(PrecomputedReference):
+    """Log-probs of the size that a look-up gives; what they are does not matter here."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return torch.zeros(input_ids.shape[0], input_ids.shape[1] - 1, device=input_ids.device)
 
 
 def _with_lora(model: nn.Module, step: Step) -> nn.Module:
@@ -218,6 +251,7 @@ class _Watched:
 
     def __init__(self, reference: Reference, policy: nn.Module, watch: "_Watch") -> None:
         self._reference, self._policy, self._watch = reference, policy, watch
+        self.has_logits, self.keeps_head = reference.has_logits, reference.keeps_head
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -225,6 +259,12 @@ class _Watched:
         with self._reference.as_reference() as model, self._layers(model):
             yield model
         self._watch.enter("forward")
+
+    def log_probs(self, **inputs: Tensor) -> Tensor:
+        self._watch.enter("reference")
+        log_probs = self._reference.log_probs(**inputs)
+        self._watch.enter("forward")
+        return log_probs
 
     def _layers(self, model: nn.Module) -> AbstractContextManager[None]:
         return nullcontext() if model is self._policy else self._watch.reference(model)

@@ -6,7 +6,7 @@ from torch import nn
 
 from refkl_lib.reference.base import Reference
 
-STRATEGIES = ("clone", "adapter", "zero3")
+STRATEGIES = ("clone", "adapter", "zero3", "swap", "precomputed")
 
 
 def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Reference:
@@ -14,7 +14,9 @@ def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Refere
 
     "clone" copies the policy (`CloneReference`), "adapter" switches its adapter off
     (`AdapterReference`), "zero3" loads a checkpoint again, partitioned over the ranks
-    (`ZeRO3Reference`, which needs `source=`).
+    (`ZeRO3Reference`, which needs `source=`), "swap" lets its weights wait in host memory (`SwapReference`),
+    "precomputed" computes log-probs of a data set once (`PrecomputedReference.compute`, which needs `batches=`,
+    `folder=` and `tokenizer=`).
     Raises ValueError for an unknown strategy, and what the strategy raises if it does not fit the policy.
     """
     if strategy == "clone":
@@ -29,4 +31,12 @@ def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Refere
         from refkl_lib.reference.zero3 import ZeRO3Reference
 
         return ZeRO3Reference(**options)
+    if strategy == "swap":
+        from refkl_lib.reference.swap import SwapReference
+
+        return SwapReference(policy, **options)
+    if strategy == "precomputed":
+        from refkl_lib.reference.precomputed import PrecomputedReference
+
+        return PrecomputedReference.compute(policy, **options)
     raise ValueError(f"strategy is {strategy!r}, but must be one of {STRATEGIES}")

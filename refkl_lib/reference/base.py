@@ -21,6 +21,10 @@ class Reference(ABC):
     """A frozen model beside a policy that trains."""
 
     strategy: ClassVar[str]
+    # Whether it is a model, with logits to compare; one that only knows log-probs allows estimates of the KL alone.
+    has_logits: ClassVar[bool] = True
+    # Whether the head of the model that a pass gives is still the reference's after the pass.
+    keeps_head: ClassVar[bool] = True
 
     @abstractmethod
     def as_reference(self) -> AbstractContextManager[nn.Module]:

@@ -1,6 +1,6 @@
 """Mixing: how weights move from one model to another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,15 +18,16 @@ def check_alpha(alpha: float) -> None:
 
 @torch.no_grad()
 def mix_weights(
-    reference: nn.Module,
+    reference: nn.Module | Iterable[tuple[str, Tensor]],
     policy: nn.Module,
     alpha: float,
     whole: Callable[[Tensor, Tensor], AbstractContextManager] = lambda *_: nullcontext(),
 ) -> None:
     """Set every weight of `reference` to (1 - alpha)·reference + alpha·policy, in place.
 
-    Parameters and buffers take part; a buffer that is not floating point (a counter) is copied. `whole` is
-    entered for each pair of weights: where models are partitioned, it gathers the two.
+    Parameters and buffers take part; a buffer that is not floating point (a counter) is copied. `reference` is a
+    model, or the named weights of one. `whole` is entered for each pair of weights: where models are partitioned, it
+    gathers the two.
     Raises ValueError if alpha is not in [0, 1] or the two models do not have the same weights.
     """
     check_alpha(alpha)
@@ -44,7 +45,9 @@ def _move(weight: Tensor, towards: Tensor, alpha: float) -> None:
         weight.copy_(towards)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _weights(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        return dict(model)
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.log_probs import token_log_probs
-from refkl_lib.reference.base import Reference, evaluating
+from refkl_lib.reference.base import Reference, evaluating, fingerprint_of
+from refkl_lib.tensors import is_partitioned
 
 # How far two runs of the same model may lie apart in log-prob: rounding, by the policy's dtype.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+UNCHECKED = (
+    "the KL, and so whatever the two models expect beside the batch's own tokens: only log-probs of these are known",
+    "the weights: what is known of them is the fingerprint that was written down with the log-probs",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class ReferenceReport:
     """What was found. Distances are None where the two vocabularies differ.
 
     `max_log_prob_difference` is the largest |Δ log-prob| of a next token of the batch, `kl` is
-    KL(policy‖reference) in nats per token, `findings` has a sentence for each thing that is wrong.
+    KL(policy‖reference) in nats per token, `findings` has a sentence for each thing that is wrong, and `unchecked` for
+    each that this reference gives no way to know; of one that knows log-probs alone, `kl` is None.
     """
 
     strategy: str
@@ -37,6 +44,7 @@ class ReferenceReport:
     kl: float | None
     fingerprint: str
     findings: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -54,9 +62,11 @@ class ReferenceReport:
         lines = [f"{self.strategy}: {verdict}"]
         if self.kl is not None:
             lines.append(f"  KL(policy‖reference)      {self.kl:.3g} nats per token")
+        if self.max_log_prob_difference is not None:
             lines.append(f"  largest |Δ log-prob|      {self.max_log_prob_difference:.3g} nats")
         lines.append(f"  fingerprint               {self.fingerprint[:16]}…")
-        return "\n".join(lines + [f"  - {finding}" for finding in self.findings])
+        lines += [f"  - {finding}" for finding in self.findings]
+        return "\n".join(lines + [f"  not checked: {what}" for what in self.unchecked])
 
 
 def verify_reference(
@@ -69,8 +79,9 @@ def verify_reference(
 
     Checked: it gives the policy's log-probs (parity; before training, so not with `since`), its weights
     are the same as in the report `since`, none of them trains or shares storage with one that does, two
-    passes agree (no dropout), a pass carries no gradient and leaves the policy as it was.
-    Under ZeRO-3 every rank must call this.
+    passes agree (no dropout), a pass carries no gradient and leaves the policy as it was: modes, flags and, where it
+    is not partitioned, every bit of its weights. Of a reference that knows log-probs alone the same is checked by
+    these; what they cannot tell is in the report as `unchecked`. Under ZeRO-3 every rank must call this.
     """
     state = _state(policy)  # before any pass, for one is enough to change it
     difference, kl, findings = _distance(policy, reference, batch)
@@ -81,9 +92,9 @@ def verify_reference(
         findings.append("its weights have changed since the earlier report")
     findings += _trains(policy, reference)
     findings += _passes(reference, batch)
-    if _state(policy) != state:
-        findings.append("a pass changes the policy's training modes or requires_grad flags")
-    return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings))
+    findings += _changes(state, _state(policy))
+    unchecked = () if reference.has_logits else UNCHECKED
+    return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings), unchecked)
 
 
 @torch.no_grad()
@@ -92,14 +103,25 @@ def _distance(
 ) -> tuple[float | None, float | None, list[str]]:
     with evaluating(policy):
         ours = policy(**{"use_cache": False} | batch).logits
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"]
+    log_probs = token_log_probs(ours[:, :-1], targets)
+    if not reference.has_logits:
+        return _largest(log_probs - reference.log_probs(batch["input_ids"], mask), _follows(mask)), None, []
     theirs = reference.logits(**batch)
     if ours.shape != theirs.shape:
         sizes = f"{ours.shape[-1]} tokens in the policy and {theirs.shape[-1]} in the reference"
         return None, None, [f"the vocabularies differ: {sizes}"]
-    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"]
-    gap = token_log_probs(ours[:, :-1], targets) - token_log_probs(theirs[:, :-1], targets)
-    difference = gap.abs()[mask[:, 1:].bool()].max().item()
-    return difference, exact_kl(ours, theirs, mask).item(), []
+    gap = log_probs - token_log_probs(theirs[:, :-1], targets)
+    return _largest(gap, mask[:, 1:]), exact_kl(ours, theirs, mask).item(), []
+
+
+def _largest(gap: Tensor, mask: Tensor) -> float:
+    return gap.abs()[mask.bool()].max().item()
+
+
+def _follows(mask: Tensor) -> Tensor:
+    """Return where a token that counts follows another one, (B, T-1): what a log-prob is known of."""
+    return mask[:, 1:] * mask[:, :-1]
 
 
 def _parity(policy: nn.Module, difference: float) -> Iterator[str]:
@@ -122,16 +144,33 @@ def _trains(policy: nn.Module, reference: Reference) -> Iterator[str]:
 
 def _passes(reference: Reference, batch: dict[str, Any]) -> Iterator[str]:
     with torch.enable_grad():
-        first, second = reference.logits(**batch), reference.logits(**batch)
+        first, second = _answer(reference, batch), _answer(reference, batch)
     if first.requires_grad:
-        yield "its logits carry a gradient"
+        yield f"its {'logits' if reference.has_logits else 'log-probs'} carry a gradient"
     if not torch.equal(first, second):
         yield "two passes over the same batch differ: is dropout on?"
 
 
-def _state(policy: nn.Module) -> tuple[list[bool], list[bool]]:
+def _answer(reference: Reference, batch: dict[str, Any]) -> Tensor:
+    if reference.has_logits:
+        return reference.logits(**batch)
+    mask = batch["attention_mask"]
+    return reference.log_probs(batch["input_ids"], mask)[_follows(mask).bool()]
+
+
+def _state(policy: nn.Module) -> tuple[object, str]:
     modes = [module.training for module in policy.modules()]
-    return modes, [weight.requires_grad for weight in policy.parameters()]
+    flags = [weight.requires_grad for weight in policy.parameters()]
+    named = [*policy.named_parameters(), *policy.named_buffers()]
+    # Of partitions, the small ones are whole after a pass, and the others never are.
+    return (modes, flags), "" if is_partitioned(policy) else fingerprint_of(named)
+
+
+def _changes(before: tuple[object, str], after: tuple[object, str]) -> Iterator[str]:
+    if before[0] != after[0]:
+        yield "a pass changes the policy's training modes or requires_grad flags"
+    if before[1] != after[1]:
+        yield "a pass changes the policy's weights"
 
 
 def _storage(tensor: Tensor) -> int:

@@ -34,7 +34,7 @@ class StrategyPanel(Panel):
         self.strategy = widgets.ToggleButtons(
             options=STRATEGIES,
             description="strategy",
-            style={"button_width": "90px", **LABEL},
+            style={"button_width": "110px", **LABEL},
             layout=widgets.Layout(width="auto"),
         )
         self.lora_rank = dropdown("LoRA rank", RANKS, 8, "270px")
