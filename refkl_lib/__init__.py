@@ -55,6 +55,7 @@ _HOME_OF = {
     "advise": "advisor.advise",
     "Advice": "advisor.advise",
     "run_strategy": "comparison",
+    "price_strategy": "comparison",
     "StrategyRun": "comparison",
     "bill_table": "comparison",
     "article_claims": "lessons.claims.article",

@@ -7,7 +7,7 @@ run.owners    # bytes by owner at the peak: not the same
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Self
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from refkl_lib.memory.ledger import OWNERS, MemoryLedger
+from refkl_lib.memory.price import price
 from refkl_lib.models import load_model, load_tokenizer
+from refkl_lib.ranks.config import job_config
 from refkl_lib.ranks.launch import ZeRO3Run, launch_zero3
 from refkl_lib.reference import STRATEGIES, Reference, create_reference
 from refkl_lib.reference.adapter import add_lora
@@ -33,7 +35,7 @@ class StrategyRun:
     which is another number. `owners` are bytes at the peak of a step, `reference_bytes` what the reference holds beyond
     the policy (with "swap" in host memory); with several ranks both are those of the fullest, and what is gathered
     there counts as activations. `step_seconds` and `reference_seconds` (the reference's part of a step) are medians.
-    `lora_rank` is None for full fine-tuning.
+    `lora_rank` is None for full fine-tuning. A run that was only priced (`price_strategy`) has no KL and no seconds.
     """
 
     strategy: str
@@ -44,26 +46,29 @@ class StrategyRun:
     kl: tuple[float, ...]
     owners: dict[str, int]
     reference_bytes: int
-    step_seconds: float
-    reference_seconds: float
+    step_seconds: float | None
+    reference_seconds: float | None
 
     @classmethod
     def from_ranks(cls, run: ZeRO3Run) -> Self:
         """Return what a job of several ranks has shown, on the rank that held most at its peak."""
         fullest = max(run.ranks, key=lambda report: sum(report.peak.values()))
         settings = {name: run.settings[name] for name in ("lora_rank", "batch", "seq")}
-        owners = dict(fullest.peak)
-        owners["activations"] += owners.pop("gathered")
         return cls(
             run.settings["reference"],
             **settings,
             ranks=len(run.ranks),
             kl=run.kl,
-            owners=owners,
+            owners=_in_five(fullest.peak),
             reference_bytes=fullest.reference_bytes,
             step_seconds=median(run.step_seconds),
             reference_seconds=median(run.reference_seconds),
         )
+
+    @property
+    def is_priced(self) -> bool:
+        """Return whether nothing was run, and all numbers are a bill's."""
+        return self.step_seconds is None
 
     @property
     def peak(self) -> int:
@@ -75,8 +80,16 @@ class StrategyRun:
         """Return a short label: strategy, what trains, and of how many ranks this is one."""
         trains = "all weights" if self.lora_rank is None else f"LoRA {self.lora_rank}"
         where = f", each of {self.ranks}" if self.ranks > 1 else ""
-        estimated = ", KL estimated" if self.strategy == "precomputed" else ""
-        return f"{self.strategy}, {trains}{where}{estimated}"
+        priced = ", priced" if self.is_priced else ""
+        estimated = ", KL estimated" if self.strategy == "precomputed" and not priced else ""
+        return f"{self.strategy}, {trains}{where}{estimated}{priced}"
+
+
+def _in_five(owners: Mapping[str, int]) -> dict[str, int]:
+    """Return bytes by the five owners, with what ranks have gathered among the activations."""
+    held = dict(owners)
+    held["activations"] += held.pop("gathered", 0)
+    return held
 
 
 def bill_table(runs: Sequence[StrategyRun]) -> str:
@@ -92,7 +105,8 @@ def bill_table(runs: Sequence[StrategyRun]) -> str:
 
 def _cells(run: StrategyRun) -> list[str]:
     held = [show_bytes(run.owners[owner]) for owner in OWNERS]
-    return [*held, show_bytes(run.peak), f"{run.kl[-1]:.3f}", f"{run.step_seconds:.1f} s"]
+    seen = ["", ""] if run.is_priced else [f"{run.kl[-1]:.3f}", f"{run.step_seconds:.1f} s"]
+    return [*held, show_bytes(run.peak), *seen]
 
 
 def run_strategy(
@@ -130,6 +144,37 @@ def run_strategy(
     if strategy == "zero3":
         return StrategyRun.from_ranks(launch_zero3(ranks, model, on_event=on_event, **settings, **training))
     return _run_here(strategy, model, settings, training)
+
+
+def price_strategy(
+    strategy: str,
+    *,
+    model: str = "smollm2",
+    lora_rank: int | None = 8,
+    batch: int = 1,
+    seq: int = 64,
+    ranks: int = 2,
+) -> StrategyRun:
+    """Return the bytes that `run_strategy` would show for the same arguments, from the bill: nothing runs.
+
+    Raises ValueError or TypeError as `price` does.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings: dict[str, Any] = {"lora_rank": lora_rank, "batch": batch, "seq": seq}
+    shared: dict[str, Any] = {"dtype": "fp32", "kl": "full", "device": device, **settings}
+    if strategy == "zero3":
+        shared |= {"ranks": ranks, "ds_config": job_config(learning_rate=1e-3)}
+    bill = price(model, strategy, **shared)
+    return StrategyRun(
+        strategy,
+        **settings,
+        ranks=bill.settings["ranks"],
+        kl=(),
+        owners=_in_five(bill.owners),
+        reference_bytes=bill.reference_bytes,
+        step_seconds=None,
+        reference_seconds=None,
+    )
 
 
 def _run_here(strategy: str, model: str, settings: dict[str, Any], training: dict[str, Any]) -> StrategyRun:

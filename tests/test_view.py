@@ -132,13 +132,13 @@ def test_the_button_runs_what_is_chosen_and_adds_a_row_and_a_bar(panel):
     panel.lora_rank.value = 4
     panel.batch.value = 2
     panel.seq.value = 32
-    panel.button.click()
+    panel.buttons[1].click()
     (run,) = panel.runs
     assert (run.strategy, run.lora_rank, run.batch, run.seq) == ("adapter", 4, 2, 32)
     assert panel.picture.value != before
     assert panel.table.value.count("adapter, LoRA 4") == 1
     assert "Done: adapter, LoRA 4." in panel.status.value
-    assert not panel.button.disabled
+    assert not panel.buttons[1].disabled
     panel.strategy.value = "clone"
     assert panel.run().kl == run.kl
     assert len(panel.runs) == 2
@@ -148,13 +148,35 @@ def test_the_button_shows_ranks_at_work(panel, monkeypatch):
     def ranks(strategy, on_event, **options):
         on_event({"rank": 1, "event": "loaded"})
         assert "rank 1: loaded" in panel.status.value
-        assert panel.button.disabled
+        assert panel.buttons[1].disabled
         return CLONE
 
     monkeypatch.setattr("refkl_lib.view.strategy.run_strategy", ranks)
     panel.strategy.value = "zero3"
-    panel.button.click()
+    panel.buttons[1].click()
     assert panel.runs == [CLONE]
+
+
+def test_a_bill_stands_beside_what_was_measured(panel):
+    panel.buttons[0].click()
+    assert "Done: clone, LoRA 8, priced." in panel.status.value
+    panel.buttons[1].click()
+    priced, lived = panel.runs
+    inputs = 2 * 64 * 8  # ids and mask, which the run made before its ledger was there
+    assert priced.owners == lived.owners | {"activations": lived.owners["activations"] + inputs}
+    assert priced.reference_bytes == lived.reference_bytes
+    assert panel.table.value.count("clone, LoRA 8") == 2
+    pale, *full = (bar for bar in panel.figure().axes[0].patches if bar.get_x() == 0)
+    assert pale.get_alpha() < full[0].get_alpha()
+
+
+def test_shares_are_priced_as_well(panel):
+    panel.strategy.value, panel.lora_rank.value, panel.ranks.value = "zero3", None, 4
+    four = panel.price()
+    panel.ranks.value = 1
+    assert four.reference_bytes * 3.9 < panel.price().reference_bytes
+    assert four.name == "zero3, all weights, each of 4, priced"
+    assert "zero3" in bill_table(panel.runs)
 
 
 def test_an_error_is_shown_and_raised(panel):
@@ -165,8 +187,8 @@ def test_an_error_is_shown_and_raised(panel):
     assert 'role="alert"' in panel.status.value
     assert "no adapter to switch off" in panel.status.value
     assert panel.runs == []
-    panel.button.click()
-    assert not panel.button.disabled, "a failure must not lock the button"
+    panel.buttons[1].click()
+    assert not panel.buttons[1].disabled, "a failure must not lock the button"
 
 
 def test_strategy_panel_has_a_static_face_and_a_live_one(panel):

@@ -1,6 +1,7 @@
 """Pictures of memory: pure functions from numbers to matplotlib figures."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,7 +40,10 @@ def timeline_figure(timeline: Timeline, peak: Mapping[str, int]) -> Figure:
 
 
 def runs_figure(runs: Sequence[StrategyRun]) -> Figure:
-    """Return one bar for each run: bytes by owner at the peak, with its KL and its time written beside."""
+    """Return one bar for each run: bytes by owner at the peak, with its KL and its time written beside.
+
+    Bars of runs that were only priced are pale.
+    """
     figure = Figure(figsize=(8.2, 1.5 + 0.46 * max(len(runs), 1)), layout="constrained")
     axes = figure.add_subplot()
     owners = [owner for owner in OWNERS if any(run.owners[owner] for run in runs)]
@@ -64,9 +68,11 @@ def _bar(axes: Axes, row: int, run: StrategyRun, owners: Sequence[str]) -> None:
         count = run.owners[owner]
         color, hatch = OWNER_STYLES[owner]
         label = owner if row == 0 else None
-        axes.barh(row, count / MIB, left=left, height=0.62, color=color, hatch=hatch, edgecolor="white", label=label)
+        looks: dict[str, Any] = {"color": color, "hatch": hatch, "edgecolor": "white"}
+        axes.barh(row, count / MIB, left=left, height=0.62, label=label, alpha=0.5 if run.is_priced else 1, **looks)
         left += count / MIB
-    text = f"{show_bytes(run.peak)}   KL {run.kl[-1]:.3f}   {run.step_seconds:.1f} s a step"
+    seen = "" if run.is_priced else f"   KL {run.kl[-1]:.3f}   {run.step_seconds:.1f} s a step"
+    text = show_bytes(run.peak) + seen
     axes.annotate(text, (left, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 

@@ -1,13 +1,14 @@
-"""StrategyPanel: choose how the reference is kept, run it on the real model, and compare the bills."""
+"""StrategyPanel: choose how the reference is kept, price it or run it on the real model, and compare the bills."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
-from refkl_lib.comparison import StrategyRun, run_strategy
+from refkl_lib.comparison import StrategyRun, price_strategy, run_strategy
 from refkl_lib.ranks.events import describe
 from refkl_lib.reference import STRATEGIES
 from refkl_lib.units import show_bytes
@@ -15,21 +16,21 @@ from refkl_lib.view.figures import runs_figure
 from refkl_lib.view.panel import Panel, button, image_html, message
 
 RANKS = [("4", 4), ("8", 8), ("16", 16), ("32", 32), ("none: train all weights", None)]
+CHOICES = ("model", "lora_rank", "batch", "seq", "ranks")
 LABEL = {"description_width": "76px"}
 HEADER = ("run", "batch × seq", "reference holds", "peak", "KL at each step", "step", "reference's pass")
 
 
 class StrategyPanel(Panel):
-    """Controls for `run_strategy` on `model`; each press of the button adds a row and a bar.
+    """Controls for `price_strategy` and `run_strategy`; each press of a button adds a row and a bar.
 
-    `runs` are shown from the start. `panel.run()` does what the button does, and `panel.runs` keeps the
-    results.
+    `runs` are shown from the start. `panel.price()` and `panel.run()` do what the buttons do, and `panel.runs` keeps
+    the results.
     """
 
     alt = "Bytes at the peak of a training step, by owner, one bar for each run; KL and seconds beside it."
 
     def __init__(self, model: str = "smollm2", runs: Sequence[StrategyRun] = ()) -> None:
-        self.model = model
         self.runs = list(runs)
         self.strategy = widgets.ToggleButtons(
             options=STRATEGIES,
@@ -38,26 +39,34 @@ class StrategyPanel(Panel):
             layout=widgets.Layout(width="auto"),
         )
         self.lora_rank = dropdown("LoRA rank", RANKS, 8, "270px")
+        self.model = dropdown("model", sorted({"pocket", "smollm2", model}), model, "200px")
+        self.ranks = dropdown("ranks", [("1 (zero3)", 1), ("2 (zero3)", 2), ("4 (zero3)", 4)], 2, "190px")
         self.batch = dropdown("batch", [1, 2, 4], 1, "140px")
         self.seq = dropdown("sequence", [32, 64, 128, 256], 64, "160px")
         self.status = widgets.HTML()
         self.table = widgets.HTML()
         self.picture = widgets.HTML()
-        self.button = button("Run", self.run, "Train three steps on the real model and add a row and a bar")
-        self._show("Choose, then press Run. zero3 starts two real processes and takes the longest.")
+        self.buttons = [
+            button("Price", self.price, "Add the row and the bar of a bill; nothing runs"),
+            button("Run", self.run, "Train three steps on the real model and add a row and a bar"),
+        ]
+        self._show("Choose, then press Price or Run. To run, zero3 starts real processes and takes the longest.")
         self._refresh()
         self.widget = self._layout()
 
+    def price(self) -> StrategyRun:
+        """Price what is chosen, add it to the picture and return it; an error is shown and raised."""
+        return self._add("Pricing", price_strategy)
+
     def run(self) -> StrategyRun:
         """Run what is chosen, add it to the picture and return it; an error is shown and raised."""
-        chosen: dict[str, Any] = {
-            "lora_rank": self.lora_rank.value,
-            "batch": self.batch.value,
-            "seq": self.seq.value,
-        }
-        self._show(f"Running {self.strategy.value} …")
+        return self._add("Running", partial(run_strategy, on_event=self._tell))
+
+    def _add(self, doing: str, measure: Callable[..., StrategyRun]) -> StrategyRun:
+        chosen = {name: getattr(self, name).value for name in CHOICES}
+        self._show(f"{doing} {self.strategy.value} …")
         try:
-            run = run_strategy(self.strategy.value, model=self.model, on_event=self._tell, **chosen)
+            run = measure(self.strategy.value, **chosen)
         except BaseException as error:
             self._show(f"{type(error).__name__}: {error}", "alert")
             raise
@@ -82,12 +91,14 @@ class StrategyPanel(Panel):
         self.picture.value = image_html(self.figure(), self.alt)
 
     def _layout(self) -> widgets.VBox:
-        choices = [self.lora_rank, self.batch, self.seq]
+        choices = [getattr(self, name) for name in CHOICES]
         return widgets.VBox(
             [
                 self.strategy,
                 widgets.HBox(choices, layout=widgets.Layout(flex_flow="row wrap", grid_gap="0 24px")),
-                widgets.HBox([self.button, self.status], layout=widgets.Layout(align_items="center", grid_gap="12px")),
+                widgets.HBox(
+                    [*self.buttons, self.status], layout=widgets.Layout(align_items="center", grid_gap="12px")
+                ),
                 self.picture,
                 self.table,
             ],
@@ -121,6 +132,5 @@ def _row(run: StrategyRun) -> tuple[str, ...]:
         show_bytes(run.reference_bytes),
         show_bytes(run.peak),
         ", ".join(f"{kl:.3f}" for kl in run.kl),
-        f"{run.step_seconds:.2f} s",
-        f"{run.reference_seconds:.2f} s",
+        *("" if seconds is None else f"{seconds:.2f} s" for seconds in (run.step_seconds, run.reference_seconds)),
     )
