@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from checkout import ROOT
 from conftest import OFFLINE
 from playwright.sync_api import APIRequestContext, Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
@@ -26,8 +29,16 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 SECOND = 1000  # Playwright counts in milliseconds
 ERRORS = "application/vnd.jupyter.error"
 STDERR = "application/vnd.jupyter.stderr"
+# A cell that holds a MiB more every second.
+SLOWLY = """import time
+from refkl_lib import MemoryPanel
+with MemoryPanel(rate=5) as panel:
+    for mib in range(1, 6):
+        held = panel.own("policy", torch.ones(mib * 2**18))
+        time.sleep(1)"""
 AUTHORIZED = {"Authorization": f"token {TOKEN}"}
 WIDTHS, HEIGHT = (1280, 800), 900
+SAID = "[role=status]"  # not get_by_role: to that, the number beside a slider is a status as well
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)"),
@@ -161,6 +172,11 @@ class Notebook:
         assert pictures
         assert all(all(picture) for picture in pictures)
 
+    def test_readers_of_all_kinds_can_use_what_it_shows(self, page: Page) -> None:
+        found = Axe().run(page, context=".jp-OutputArea-output").response["violations"]
+        serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in serious] == []
+
 
 class Light(Notebook):
     """A notebook that computes so little that it can run twice here."""
@@ -180,6 +196,16 @@ def typed(page: Page, place: int, source: str) -> Locator:
     return cell.locator(".jp-Cell-outputWrapper")
 
 
+def ranks_below(home: Path) -> list[psutil.Process]:
+    """Return the running ranks that were started from a kernel with this home."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "refkl_lib.ranks.worker" in process.cmdline() and process.environ().get("HOME") == str(home):
+                found.append(process)
+    return found
+
+
 class TestStartHere(Notebook):
     name = "00_start_here.ipynb"
 
@@ -197,6 +223,13 @@ class TestStartHere(Notebook):
         expect(done).to_be_visible(timeout=120 * SECOND)
         assert rows.count() == before + 1
 
+    def test_the_price_is_there_at_once_and_nothing_runs(self, page: Page) -> None:
+        page.get_by_role("button", name="clone").click()
+        page.get_by_role("button", name="Price", exact=True).click()
+        done = page.get_by_role("status").filter(has_text="Done: clone, LoRA 8, priced.")
+        expect(done).to_be_visible(timeout=60 * SECOND)
+        expect(page.get_by_role("row").filter(has_text="clone, LoRA 8, priced")).to_be_visible()
+
     def test_what_cannot_work_says_why_in_the_panel(self, page: Page) -> None:
         page.get_by_role("button", name="adapter").click()
         page.get_by_label("LoRA rank").select_option("none: train all weights")
@@ -205,9 +238,35 @@ class TestStartHere(Notebook):
         expect(alert).to_be_visible(timeout=60 * SECOND)
         expect(page.get_by_role("button", name="Run", exact=True)).to_be_enabled()
 
+    def test_a_readout_moves_while_its_cell_runs(self, page: Page) -> None:
+        place, _ = self.cell("from refkl_lib import machine")
+        output = typed(page, place, SLOWLY)
+        readout = output.get_by_role("row").filter(has_text="policy")
+        seen = {readout.inner_text(timeout=30 * SECOND)}
+        while page.locator(".jp-InputPrompt", has_text="[*]").count():
+            if readout.count():
+                seen.add(readout.inner_text())
+            page.wait_for_timeout(SECOND / 10)
+        assert len(seen) > 2
+        expect(output.get_by_role("img", name="Bytes that lived while the cell ran")).to_be_visible()
+
 
 class TestWhy(Light):
     name = "01_why_a_reference.ipynb"
+
+    def test_a_text_is_walked_through_by_keys_and_measured_otherwise_by_mouse(self, page: Page) -> None:
+        token = page.get_by_role("slider").first
+        token.press("Home")
+        for _ in range(9):
+            token.press("ArrowRight")
+        said = page.get_by_role("status").filter(has_text="Token 9, “ her”: ").first
+        expect(said).to_be_visible()
+        exact = said.inner_text()
+        page.get_by_label("measure").first.select_option("k1, an estimate")
+        expect(said).not_to_have_text(exact)
+        estimate = said.inner_text()
+        page.get_by_role("button", name="KL(reference‖policy)").first.click()
+        expect(said).not_to_have_text(estimate)  # the other sign
 
 
 class TestClone(Light):
@@ -220,6 +279,17 @@ class TestAdapter(Light):
 
 class TestZero3(Notebook):
     name = "04_zero3_reload.ipynb"
+
+    def test_an_interrupt_ends_a_job_and_its_ranks(self, page: Page, folder: Path) -> None:
+        place, _ = self.cell('check("04.owner"')
+        output = typed(page, place, "launch_zero3(ranks=2, steps=100_000)")
+        expect(page.locator(".jp-InputPrompt", has_text="[*]")).to_have_count(1)
+        while len(ranks_below(folder / "home")) < 2:
+            page.wait_for_timeout(SECOND / 5)
+        page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        page.get_by_text("Interrupt Kernel", exact=True).click()
+        expect(output).to_contain_text("KeyboardInterrupt", timeout=60 * SECOND)
+        assert ranks_below(folder / "home") == []
 
 
 class TestKl(Light):
@@ -237,7 +307,7 @@ class TestKl(Light):
 
     def test_the_mouse_moves_a_slider(self, page: Page, readout: Locator) -> None:
         before = readout.inner_text()
-        page.locator(".noUi-base").first.click(position={"x": 20, "y": 2})
+        page.get_by_role("slider").nth(0).click(position={"x": 20, "y": 8})
         expect(readout).not_to_have_text(before)
 
     def test_a_prediction_is_typed_and_revealed(self, page: Page) -> None:
@@ -251,9 +321,100 @@ class TestKl(Light):
         shown = typed(page, place, "from refkl_lib import progress\n\nprogress()").get_by_role("img")
         expect(shown).to_have_accessible_name(re.compile("^Predictions: 1 of .* Exercises: 1 of .* solved"))
 
+    def test_it_is_found_again_as_it_was_left(self, page: Page, lab: str) -> None:
+        pictures = page.locator(".jp-OutputArea-output img").count()
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(2 * SECOND)
+        end_kernels(page.context.request, lab)  # as if it were another day
+        page.reload()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)
+        expect(page.locator(".jp-OutputArea-output img")).to_have_count(pictures, timeout=60 * SECOND)
+        expect(page.get_by_role("slider")).to_have_count(2)
+        expect(page.get_by_text("Error displaying widget")).to_have_count(0)
+
+
+class TestChoose(Notebook):
+    name = "06_choose.ipynb"
+
+    @pytest.fixture
+    def path(self, page: Page) -> Locator:
+        return page.get_by_role("status").filter(has_text="Does an adapter train (LoRA)?")
+
+    def test_a_key_on_the_memory_changes_the_path(self, page: Page, path: Locator) -> None:
+        expect(path).to_contain_text("Nothing fits")
+        page.get_by_role("slider", name="memory").first.press("ArrowRight")
+        expect(path).to_contain_text("adapter: switch the adapter off.", timeout=60 * SECOND)
+
+    def test_the_mouse_on_the_memory_changes_the_path(self, page: Page, path: Locator) -> None:
+        page.get_by_role("slider", name="memory").first.click(position={"x": 4, "y": 8})  # the smallest GPU
+        expect(path).to_contain_text("Nothing fits", timeout=60 * SECOND)
+
+    def test_what_trains_changes_the_path(self, page: Page, path: Locator) -> None:
+        page.get_by_role("slider", name="trains").press("Home")
+        expect(path).to_contain_text("No: all weights do.", timeout=60 * SECOND)
+
+    def test_all_bills_are_shown(self, page: Page) -> None:
+        page.get_by_role("button", name="All bills").click()
+        expect(page.get_by_text("What would change it:").last).to_be_visible(timeout=120 * SECOND)
+
+
+class TestCapstone(Notebook):
+    name = "07_capstone.ipynb"
+
+    @pytest.fixture
+    def panel(self, page: Page) -> Locator:
+        """The panel that waits to be started."""
+        return page.locator(".jp-Cell").nth(self.cell("TrainPanel(make_run, iterations=10)")[0])
+
+    def test_a_training_is_started_held_and_stopped_by_hand(self, page: Page, panel: Locator) -> None:
+        said, pause = panel.locator(SAID), panel.get_by_role("button", name="Pause")
+        panel.get_by_role("button", name="Start").click()
+        expect(said).to_contain_text("Done: iteration 1 of 10, beta 1.", timeout=120 * SECOND)
+        panel.get_by_role("slider").press("ArrowRight")
+        expect(said).to_contain_text(", beta 2.", timeout=60 * SECOND)
+        pause.click()
+        expect(said).to_contain_text("Paused: iteration", timeout=60 * SECOND)
+        expect(panel.get_by_role("img", name="KL, nats a text")).to_be_visible()
+        pause.click()
+        panel.get_by_role("button", name="Stop").click()
+        expect(said).to_have_text(re.compile("Done: [0-9]+ iterations."), timeout=60 * SECOND)
+
+    def test_what_cannot_work_says_why_in_the_panel(self, page: Page, panel: Locator) -> None:
+        panel.get_by_label("sync it").select_option("every 5 iterations")
+        panel.get_by_role("button", name="Start").click()
+        alert = panel.get_by_role("alert").filter(has_text="cannot move towards the policy")
+        expect(alert).to_be_visible(timeout=120 * SECOND)
+        panel.get_by_label("sync it").select_option("never")
+
+    def test_stop_is_heard_while_the_cell_runs(self, page: Page) -> None:
+        place, source = self.cell("iterations=10, beta=1.0) as panel")
+        output = typed(page, place, source.replace("iterations=10", "iterations=100") + "\nprint(len(held) < 100)")
+        expect(output.locator(SAID)).to_contain_text("Done: iteration 1 of 100", timeout=120 * SECOND)
+        output.get_by_role("button", name="Stop").click()
+        expect(output).to_contain_text("True", timeout=60 * SECOND)
+
+    def test_an_interrupt_ends_the_training_and_leaves_its_picture(self, page: Page) -> None:
+        place, source = self.cell("iterations=10, beta=1.0) as panel")
+        output = typed(page, place, source.replace("iterations=10", "iterations=100"))
+        expect(output.locator(SAID)).to_contain_text("Done: iteration 1 of 100", timeout=120 * SECOND)
+        page.locator(".jp-Notebook").press("Escape")
+        page.keyboard.press("i")
+        page.keyboard.press("i")
+        expect(output).to_contain_text("KeyboardInterrupt", timeout=60 * SECOND)
+        expect(output.get_by_role("img", name="A training, iteration by iteration")).to_be_visible()
+
+
+class TestArticle(Notebook):
+    name = "08_article_under_test.ipynb"
+
+    def test_the_table_has_a_row_for_each_claim_and_leads_to_the_lessons(self, page: Page) -> None:
+        claims = page.get_by_role("table").filter(has_text="the article says")
+        expect(claims.get_by_role("rowheader", name=re.compile(r"^[A-E]\d$"))).to_have_count(25)
+        expect(claims.get_by_role("link", name="05_kl").first).to_have_attribute("href", re.compile(r"05_kl\.ipynb"))
+
 
 def test_every_notebook_is_opened() -> None:
-    opened = TestStartHere, TestWhy, TestClone, TestAdapter, TestZero3, TestKl
+    opened = TestStartHere, TestWhy, TestClone, TestAdapter, TestZero3, TestKl, TestChoose, TestCapstone, TestArticle
     assert [case.name for case in opened] == NOTEBOOKS
 
 

@@ -15,7 +15,7 @@ from IPython.lib.pretty import pretty
 from torch import Tensor
 
 from refkl_lib import check, hint, solution
-from refkl_lib.lessons import adapter, clone, course, timeout, why, zero3
+from refkl_lib.lessons import adapter, capstone, choose, clone, course, probes, timeout, why, zero3
 from refkl_lib.lessons import check as check_module
 from refkl_lib.lessons.kl import k3, masked_mean, penalised_reward, token_kl
 
@@ -35,6 +35,10 @@ def clone_but(spoil):
 
     return create_reference_model
 
+
+EVEN_AND_STEEP = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+PADDED = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.zeros(1, 2, 2), torch.tensor([[1, 0]])
+TWO_TOKENS = *PADDED[:2], torch.ones(1, 2)
 
 # Wrong in ways that have no name; "05.k3" and the others are what a learner should write.
 MUTANTS = {
@@ -162,6 +166,68 @@ MUTANTS = {
         "scaled reward": lambda p, q, r, b: (b * r - (p - q)).detach(),
         "averaged": lambda p, q, r, b: (r - b * (p - q).mean()).detach(),
         "per sequence": lambda p, q, r, b: (r - b * (p - q)).sum(-1).detach(),
+    },
+    "06.hand": {
+        "bits": lambda f, t, c: 8 * choose.held_bytes(f, t, c),
+        "a clone that trains": lambda f, t, c: choose.held_bytes(f, t + c, 0),
+        "one byte more": lambda f, t, c: choose.held_bytes(f, t, c) + 1,
+        "all weights alike": lambda f, t, c: 2 * (f + t + c),
+    },
+    "06.largest": {
+        "half the memory": lambda models, needed, memory: choose.largest_that_fits(models, needed, memory // 2),
+        "never anything": lambda models, needed, memory: "nothing",
+        "by name": lambda models, needed, memory: max(models),
+        "needs a little more": lambda models, needed, memory: choose.largest_that_fits(
+            models, {name: need + 2 for name, need in needed.items()}, memory
+        ),
+    },
+    "06.misadvice": {
+        "never": lambda parameters, memory, needed: False,
+        "always": lambda parameters, memory, needed: True,
+        "ten times the parameters": lambda p, memory, needed: choose.misled(10 * p, memory, needed),
+        "memory halved": lambda p, memory, needed: choose.misled(p, memory // 2, needed),
+    },
+    "07.advantages": {
+        "the others' mean": lambda r: r - (r.sum(1, keepdim=True) - r) / (r.shape[1] - 1),
+        "the group's median": lambda r: r - r.median(1, keepdim=True).values,
+        "the first of the group": lambda r: r - r[:, :1],
+        "never a bad one": lambda r: capstone.group_advantages(r).clamp(min=0),
+        "squared": lambda r: capstone.group_advantages(r) * capstone.group_advantages(r).abs(),
+        "half a gradient": lambda r: r - r.mean(1, keepdim=True).detach(),
+    },
+    "07.policy_loss": {
+        "good texts alone": lambda p, a, m: capstone.policy_loss(p, a.clamp(min=0), m),
+        "signs alone": lambda p, a, m: capstone.policy_loss(p, a.sign(), m),
+        "the last token left out": lambda p, a, m: capstone.policy_loss(p[:, :-1], a, m[:, :-1]),
+        "one loss a text": lambda p, a, m: -(a * torch.where(m.bool(), p, 0.0).sum(1)),
+        "half a gradient": lambda p, a, m: (
+            capstone.policy_loss(p, a, m) / 2 + capstone.policy_loss(p.detach(), a, m) / 2
+        ),
+    },
+    "07.text_reward": {
+        "beta squared": lambda r, p, q, m, b: capstone.text_reward(r, p, q, m, b * b),
+        "never a bonus": lambda r, p, q, m, b: r - b * torch.where(m.bool(), p - q, 0.0).sum(1).clamp(min=0),
+        "scaled reward": lambda r, p, q, m, b: capstone.text_reward(b * r, p, q, m, 1.0),
+        "no penalty": lambda r, p, q, m, b: r.detach(),
+        "the first token": lambda r, p, q, m, b: capstone.text_reward(r, p[:, :1], q[:, :1], m[:, :1], b),
+    },
+    "08.direction": {
+        "never sure": lambda kl: "neither",
+        "always the second": lambda kl: "q‖p",
+        "by size": lambda kl: "p‖q" if kl(*EVEN_AND_STEEP) > 0.4 else "q‖p",
+        "zero is a KL": lambda kl: "p‖q" if kl(*EVEN_AND_STEEP) == 0 else probes.direction_of(kl),
+    },
+    "08.judge": {
+        "no ratio": lambda before, after: probes.judge(before, before * 7.5 / 14),
+        "half of what was said": lambda before, after: probes.judge(before / 2, after / 2),
+        "before alone": lambda before, after: "holds" if abs(before - 14) <= 1.4 else "does not hold",
+        "the second verdict for all": lambda before, after: "holds with a condition",
+        "a ratio of one half": lambda before, after: probes.judge(before, 7.5 / 7 * after),
+    },
+    "08.padding": {
+        "a sum is wrong": lambda kl_of: probes.padding_counts(kl_of) or bool(kl_of(*TWO_TOKENS) > 0.5),
+        "much is wrong": lambda kl_of: bool(kl_of(*PADDED) > 0.45),
+        "little is wrong": lambda kl_of: bool(kl_of(*PADDED) < 0.35),
     },
 }
 

@@ -25,10 +25,11 @@ FLOORS = [
     {"step"},
     {"memory", "ranks"},
     {"comparison", "train", "advisor"},
-    {"view", "lessons"},
+    {"view", "lessons", "doctor"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
+    "anywidget": ("refkl_lib/view/",),
     "ipywidgets": ("refkl_lib/view/",),
     "matplotlib": ("refkl_lib/view/",),
     "peft": ("refkl_lib/reference/adapter.py",),

@@ -8,7 +8,16 @@ from importlib import import_module
 from refkl_lib.lessons.exercise import Exercise, Text
 
 # The number that a notebook's exercises begin with, and the file here that holds them.
-FILES = {"01": "why", "02": "clone", "03": "adapter", "04": "zero3", "05": "kl"}
+FILES = {
+    "01": "why",
+    "02": "clone",
+    "03": "adapter",
+    "04": "zero3",
+    "05": "kl",
+    "06": "choose",
+    "07": "capstone",
+    "08": "probes",
+}
 
 # What the notebooks ask to predict, in order.
 PREDICTIONS = (
@@ -26,6 +35,15 @@ PREDICTIONS = (
     "05.share-of-five",
     "05.k1-below-zero",
     "05.full-growth",
+    "06.full-peak",
+    "06.adapter-share",
+    "06.largest-clone",
+    "06.zero3-time",
+    "07.kl-free",
+    "07.apart",
+    "08.hold",
+    "08.seven-fp32",
+    "08.batchmean",
 )
 
 # In memory, not in the file of the progress: a fresh kernel begins with the first hint.

@@ -1,4 +1,4 @@
-"""One small file that remembers predictions and exercises: `progress.json` in the user's data folder.
+"""One small file that remembers predictions, exercises and runs: `progress.json` in the user's data folder.
 
 Delete it to begin anew. Several kernels may write at once.
 """
@@ -21,7 +21,9 @@ _LOCK_SECONDS = 10
 _FIELDS: dict[str, dict[str, Any]] = {
     "predictions": {"guess": (int, float), "measured": (int, float), "unit": str},
     "exercises": {"tries": int, "solved": bool},
+    "runs": {"reward": (int, float), "kl": (int, float), "settings": str},
 }
+_ALWAYS = {"predictions", "exercises"}  # a file from before there was a capstone has no runs
 
 
 def progress_file() -> Path:
@@ -79,14 +81,14 @@ def _read(file: Path) -> Progress:
         file.rename(aside)
         warnings.warn(f"{file} cannot be read ({error}); it is now {aside.name}, a new one begins", stacklevel=4)
         return {kind: {} for kind in _FIELDS}
-    return progress
+    return {kind: {} for kind in _FIELDS} | progress
 
 
 def _check(progress: Any) -> None:
-    if not isinstance(progress, dict) or progress.keys() != _FIELDS.keys():
-        raise ValueError(f"it must hold {' and '.join(_FIELDS)}")
-    for kind, fields in _FIELDS.items():
-        records = progress[kind]
+    if not isinstance(progress, dict) or not _ALWAYS <= progress.keys() <= _FIELDS.keys():
+        raise ValueError(f"it must hold {' and '.join(sorted(_ALWAYS))}")
+    for kind, records in progress.items():
+        fields = _FIELDS[kind]
         if not isinstance(records, dict) or not all(_is_record(record, fields) for record in records.values()):
             raise ValueError(f"its {kind} are not what this version writes")
 

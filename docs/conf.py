@@ -1,0 +1,51 @@
+"""The site: `make site` builds it from the notebooks as they are stored and from the pages in this folder.
+
+Sphinx's source folder is the project's, so that links between notebooks, pages and files work here as on disk.
+"""
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+project = "The reference-model kit"
+html_title = project
+author = "the authors of refkl-lib"
+copyright = "the authors of refkl-lib, Apache-2.0"
+language = "en"
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "tools.site"]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "notebooks/*.ipynb", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = [".*", "build", "refkl_lib", "tests", "tools", "benchmarks"]
+
+nb_execution_mode = "off"  # what is shown is what `make notebooks` stored and the tests check
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+myst_heading_slug_func = "tools.site.anchor"
+
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+add_module_names = False
+python_maximum_signature_line_length = 88
+default_role = "code"  # docstrings write names as Markdown does
+
+html_theme = "sphinx_book_theme"
+html_theme_options = {
+    "navbar_persistent": [],  # the search is in the sidebar
+    "search_as_you_type": True,
+    "use_fullscreen_button": False,
+}
+html_context = {"default_mode": "auto"}
+html_static_path = [str(DOCS / "static")]
+html_css_files = ["kit.css"]
+html_extra_path = [str(DOCS / "landing")]
+html_use_index = False  # the library's page lists its names
+html_domain_indices = False
+smartquotes = False
+
+# A translation is a folder of catalogues beside this file, one a page.
+locale_dirs = [str(DOCS / "locale")]
+gettext_compact = False

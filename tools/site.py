@@ -1,0 +1,108 @@
+"""A Sphinx extension for what the site has beside its sources.
+
+It puts hints and a solution below each exercise, turns links to notebooks in a cell's output into links to their pages,
+and makes lists that are written elsewhere: the library's names, the exercises' mistakes.
+"""
+
+import copy
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
+from sphinx.application import Sphinx
+
+import refkl_lib
+from refkl_lib import _HOME_OF
+from refkl_lib.lessons.course import exercises, find, solution
+from tools.lint import calls, code_cells
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Tell Sphinx what to do with a page that it has read, and with a docstring."""
+    app.connect("source-read", complete)
+    app.connect("autodoc-process-docstring", escape)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def complete(app: Sphinx, name: str, source: list[str]) -> None:
+    """Add to a page's source what is written elsewhere."""
+    if name in LISTS:
+        source[0] += "".join(LISTS[name]())
+    elif app.env.doc2path(name).suffix == ".ipynb":
+        source[0] = nbformat.writes(with_links(with_solutions(nbformat.reads(source[0], as_version=4))))
+
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """Return the notebook with folded hints and a folded solution below each cell that checks an exercise."""
+    checked = {call.number: call.id for call in calls(notebook, "check")}
+    numbers = {cell.id: number for number, cell in enumerate(code_cells(notebook), 1)}
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if exercise := checked.get(numbers.get(cell.id, 0)):
+            cells.append(new_markdown_cell(folded(exercise)))
+    return NotebookNode(notebook | {"cells": cells})
+
+
+def with_links(notebook: NotebookNode) -> NotebookNode:
+    """Return the notebook with links in HTML outputs that lead to a notebook's page; Sphinx knows those in Markdown."""
+    notebook = copy.deepcopy(notebook)
+    for cell in code_cells(notebook):
+        for data in (output.data for output in cell.outputs if "data" in output):
+            if "text/html" in data:
+                data["text/html"] = re.sub(r'(href="[^":]*)\.ipynb\b', r"\1.html", data["text/html"])
+    return notebook
+
+
+def folded(exercise: str) -> str:
+    """Return Markdown with an exercise's hints and its solution, each behind a line that opens it."""
+    hints = "\n".join(f"{number}. {hint}" for number, hint in enumerate(find(exercise).hints, 1))
+    code = f"```python\n{solution(exercise)}\n```"
+    return "\n\n".join(
+        f"<details>\n<summary>{title} {exercise}</summary>\n\n{text}\n\n</details>"
+        for title, text in [("Hints for", hints), ("A solution of", code)]
+    )
+
+
+def library() -> Iterator[str]:
+    """Yield the library's page: a section for each room, with the docstrings of its public names."""
+    rooms = defaultdict(list)
+    for name, home in _HOME_OF.items():
+        rooms[home.split(".")[0]].append(name)
+    for room, names in rooms.items():
+        about = (import_module(f"refkl_lib.{room}").__doc__ or "").split("\n\n")[0]
+        yield f"\n## {room}\n\n{about}\n\n```{{eval-rst}}\n"
+        yield from (f".. {directive(getattr(refkl_lib, name))}:: refkl_lib.{name}\n" for name in names)
+        yield "```\n"
+
+
+def directive(thing: Any) -> str:
+    """Return which of autodoc's directives documents a public name."""
+    return "autoclass" if inspect.isclass(thing) else "autofunction"
+
+
+def mistakes() -> Iterator[str]:
+    """Yield a table for each exercise: what an answer may look like, and the line of the idea that it misses."""
+    for exercise in exercises().values():
+        yield f"\n### {exercise.id}\n\n| `check` says: this looks like … | what it misses |\n|---|---|\n"
+        for mistake in exercise.mistakes:
+            yield f"| {mistake.says} | {exercise.idea[mistake.line - 1]} |\n".replace("*", r"\*")
+
+
+def escape(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Let bars in a docstring stand for absolute values; between them reStructuredText would look for a name."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def anchor(title: str) -> str:
+    """Return what a link calls a heading: in Jupyter it is the heading's text, with a dash for each space."""
+    return re.sub(r"[*_`]", "", title).replace(" ", "-")
+
+
+LISTS = {"docs/library": library, "docs/instructor/mistakes": mistakes}
