@@ -397,9 +397,8 @@ class TestCapstone(Notebook):
         place, source = self.cell("iterations=10, beta=1.0) as panel")
         output = typed(page, place, source.replace("iterations=10", "iterations=100"))
         expect(output.locator(SAID)).to_contain_text("Done: iteration 1 of 100", timeout=120 * SECOND)
-        page.locator(".jp-Notebook").press("Escape")
-        page.keyboard.press("i")
-        page.keyboard.press("i")
+        page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        page.get_by_text("Interrupt Kernel", exact=True).click()
         expect(output).to_contain_text("KeyboardInterrupt", timeout=60 * SECOND)
         expect(output.get_by_role("img", name="A training, iteration by iteration")).to_be_visible()
 
