@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Generator, Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from bs4 import BeautifulSoup
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -77,6 +80,24 @@ def nothing_left(mark: str) -> Iterator[None]:
 
     yield
     assert descendants(mark) == []
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site in both languages, built as `make site` does."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-c", "docs"]
+    for edition in ([".", folder], ["-D", "language=zh_CN", ".", folder / "zh"]):
+        build = subprocess.run([*command, *edition], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert build.returncode == 0, build.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pages(site: Path) -> dict[str, BeautifulSoup]:
+    """Every page that a reader can open, by its path in the site."""
+    found = (path for path in site.rglob("*.html") if "_static" not in path.parts)
+    return {path.relative_to(site).as_posix(): BeautifulSoup(path.read_text(), "html.parser") for path in found}
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

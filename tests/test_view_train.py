@@ -132,7 +132,7 @@ def test_the_end_of_the_block_ends_the_training(capsys):
         until(lambda: panel.run.history)
     assert threads() == []
     assert "Live" in capsys.readouterr().out
-    assert panel.widget.comm is None  # closed
+    assert panel.widget.layout.display == "none"
 
 
 def test_an_error_of_the_training_is_shown_and_raised():

@@ -19,7 +19,7 @@ from refkl_lib.memory.ledger import MemoryLedger, Thing
 from refkl_lib.memory.meters import Meter, read_meter
 from refkl_lib.units import show_bytes
 from refkl_lib.view.figures import OTHER, timeline_figure
-from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, clear, static_face
+from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, hide, static_face
 
 
 class MemoryPanel:
@@ -60,7 +60,7 @@ class MemoryPanel:
         self._stop.set()
         self._sampler.join()
         self.ledger.__exit__(*exception)
-        clear(self.widget)
+        hide(self.widget)
         display(self)
 
     def _sample(self) -> None:

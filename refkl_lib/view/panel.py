@@ -71,7 +71,7 @@ class Picture:
 class Live:
     """A readout of a running cell, as an output whose text stays true after the widget has gone."""
 
-    def __init__(self, widget: widgets.HTML) -> None:
+    def __init__(self, widget: widgets.DOMWidget) -> None:
         self._widget = widget
 
     def _repr_mimebundle_(self, **_: object) -> dict[str, object]:
@@ -79,13 +79,12 @@ class Live:
         return self._widget._repr_mimebundle_() | {"text/plain": text, "text/html": f"<em>{text}</em>"}
 
 
-def clear(readout: widgets.HTML) -> None:
+def hide(readout: widgets.DOMWidget) -> None:
     """Let a readout vanish when its cell is done.
 
     It is not closed: a notebook that is opened again would say in its place that a widget was not found.
     """
-    readout.value = ""
-    readout.layout = widgets.Layout(display="none")
+    readout.layout.display = "none"
 
 
 def png(figure: Figure) -> bytes:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from refkl_lib.ranks.events import Event, describe
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.figures import OTHER, Timeline
-from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, clear, static_face
+from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, hide, static_face
 
 PAUSE = 0.25  # seconds between two writes: four a second are as many as an eye follows
 
@@ -42,7 +42,7 @@ class RanksPanel:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        clear(self.widget)
+        hide(self.widget)
         display(self)
 
     def hear(self, event: Event) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from refkl_lib.memory.ledger import MemoryLedger
 from refkl_lib.train.run import Record, TrainRun
-from refkl_lib.view.panel import Live, Panel, Picture, button, message
+from refkl_lib.view.panel import Live, Panel, Picture, button, hide, message
 from refkl_lib.view.slider import Slider
 from refkl_lib.view.strategy import dropdown
 from refkl_lib.view.train_figures import Peak, readout_html, train_figure
@@ -130,7 +130,7 @@ class TrainPanel(Panel):
 
     def __exit__(self, *exception: object) -> None:
         self._end()
-        self.widget.close()
+        hide(self.widget)
         display(Picture(self.figure(), self.alt))
 
     def _end(self) -> None:
