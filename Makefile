@@ -15,7 +15,7 @@ FETCH_MODEL := @test -d "$${REFKL_CACHE:-.cache}/smollm2" || $(RUN) -m refkl_lib
 # Jupyter refuses to run as root unless told; in a container there is often nobody else.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test bench notebooks site pdf room fresh lock
+.PHONY: help lab test bench notebooks site translate pdf room fresh lock
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-11s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,15 @@ notebooks: .venv/.test ## run the notebooks and store their outputs
 
 site: .venv/.test ## build the course as a site that needs no server, in build/site
 	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -c docs . build/site
-	@echo "Open build/site/index.html"
+	$(RUN) -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -c docs -D language=zh_CN . build/site/zh
+	@echo "Open build/site/index.html, or build/site/zh/index.html for the Chinese edition"
+
+translate: .venv/.test ## bring the Chinese catalogues, docs/locale, up to what the pages say
+	@rm -rf build/gettext
+	$(RUN) -m sphinx --builder gettext --quiet -c docs . build/gettext \
+	    $$(cd docs/locale/zh_CN/LC_MESSAGES && find . -name '*.po' | sed 's/po$$/*/')
+	$(RUN) -m sphinx_intl update --pot-dir build/gettext --locale-dir docs/locale --language zh_CN --no-obsolete
+	$(RUN) -m sphinx_intl stat --locale-dir docs/locale --language zh_CN
 
 pdf: site ## print each lesson of the site and the cheat sheet, in build/pdf
 	$(RUN) -m tools.pdf build/site/notebooks/*.html build/site/docs/instructor/cheat_sheet.html --to build/pdf

@@ -29,7 +29,6 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 add_module_names = False
-python_maximum_signature_line_length = 88
 default_role = "code"  # docstrings write names as Markdown does
 
 html_theme = "sphinx_book_theme"
@@ -37,7 +36,9 @@ html_theme_options = {
     "navbar_persistent": [],  # the search is in the sidebar
     "search_as_you_type": True,
     "use_fullscreen_button": False,
+    "article_header_end": ["language.html", "article-header-buttons.html"],
 }
+templates_path = [str(DOCS / "templates")]
 html_context = {"default_mode": "auto"}
 html_static_path = [str(DOCS / "static")]
 html_css_files = ["kit.css"]
@@ -46,6 +47,7 @@ html_use_index = False  # the library's page lists its names
 html_domain_indices = False
 smartquotes = False
 
-# A translation is a folder of catalogues beside this file, one a page.
+# A translation is a folder of catalogues, one a page. A page without one stays in English.
 locale_dirs = [str(DOCS / "locale")]
 gettext_compact = False
+gettext_location = False  # else a catalogue would change with every line that is added to a page

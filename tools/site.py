@@ -1,7 +1,8 @@
 """A Sphinx extension for what the site has beside its sources.
 
 It puts hints and a solution below each exercise, turns links to notebooks in a cell's output into links to their pages,
-and makes lists that are written elsewhere: the library's names, the exercises' mistakes.
+and makes lists that are written elsewhere: the library's names, the exercises' mistakes. In a translated site it marks
+what stays in English, and lets the search find Chinese words.
 """
 
 import copy
@@ -10,12 +11,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import nbformat
+from docutils import nodes
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
 
 import refkl_lib
 from refkl_lib import _HOME_OF
@@ -27,13 +31,16 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Tell Sphinx what to do with a page that it has read, and with a docstring."""
     app.connect("source-read", complete)
     app.connect("autodoc-process-docstring", escape)
+    app.connect("doctree-read", leave_in_english)
+    app.connect("html-page-context", name_site)
+    app.add_search_language(Chinese)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def complete(app: Sphinx, name: str, source: list[str]) -> None:
     """Add to a page's source what is written elsewhere."""
     if name in LISTS:
-        source[0] += "".join(LISTS[name]())
+        source[0] += f"\n% {ENGLISH}\n" + "".join(LISTS[name]())
     elif app.env.doc2path(name).suffix == ".ipynb":
         source[0] = nbformat.writes(with_links(with_solutions(nbformat.reads(source[0], as_version=4))))
 
@@ -100,9 +107,48 @@ def escape(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: l
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def leave_in_english(app: Sphinx, doctree: nodes.document) -> None:
+    """Mark what no catalogue translates: what `complete` added to a page, and in a translated site the other pages."""
+    lists = [mark for mark in doctree.findall(nodes.comment) if mark.astext() == ENGLISH]
+    added = [section for mark in lists for section in mark.parent[mark.parent.index(mark) + 1 :]]
+    for node in (node for section in added for node in section.findall(nodes.Element)):
+        node["translatable"] = False  # for the extraction of sentences
+    if app.config.language != "en":
+        for section in added if is_translated(app, app.env.docname) else doctree.children:
+            section["classes"].append("language-en")  # of which docutils makes the attribute `lang`
+
+
+def is_translated(app: Sphinx, page: str) -> bool:
+    """Tell whether a page has a catalogue in the site's language."""
+    [catalogues] = app.config.locale_dirs
+    return (Path(catalogues) / app.config.language / "LC_MESSAGES" / f"{page}.po").exists()
+
+
+def name_site(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Call the site what its first page is called, in the language of the site."""
+    context["docstitle"] = app.env.titles[app.config.root_doc].astext()
+
+
+class Chinese(SearchEnglish):
+    """The words of a Chinese text, for the search, without a dictionary; what is in English is found as in English.
+
+    A query of two characters is looked up as it is, so each pair is a word. A longer one is looked for inside of words,
+    so what stands between two marks or spaces is one as well.
+    """
+
+    lang = "zh"
+
+    def split(self, input: str) -> list[str]:
+        """Return what stands between marks and spaces, and the pairs of its characters where they are not Latin."""
+        words = super().split(input)
+        pairs = [word[start : start + 2] for word in words if not word.isascii() for start in range(len(word) - 1)]
+        return words + pairs
+
+
 def anchor(title: str) -> str:
     """Return what a link calls a heading: in Jupyter it is the heading's text, with a dash for each space."""
     return re.sub(r"[*_`]", "", title).replace(" ", "-")
 
 
+ENGLISH = "From here on, the page is written elsewhere, in English."
 LISTS = {"docs/library": library, "docs/instructor/mistakes": mistakes}
