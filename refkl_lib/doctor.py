@@ -30,7 +30,7 @@ from refkl_lib.ranks.launch import check_system, launch_zero3
 from refkl_lib.units import GIB, show_bytes
 
 CORES = 2
-MEMORY, MEMORY_FOR_RANKS = 4 * GIB, 8 * GIB  # as the README says
+MEMORY, MEMORY_FOR_RANKS = 4 * GIB, 6 * GIB  # as the README says
 DISK = 1 * GIB
 RANKS_SECONDS, LAB_SECONDS = 35, 15
 
