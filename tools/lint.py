@@ -1,6 +1,6 @@
 """What a stored notebook of the course must be like. `course_faults` says, a sentence each, what it is not.
 
-A lesson is a notebook numbered 01 to 07; it has predictions, exercises and a length. The other rules hold for all.
+A lesson is a notebook numbered 01 to 08; it has predictions, exercises and a length. The other rules hold for all.
 """
 
 import ast
@@ -16,7 +16,7 @@ import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat import NotebookNode
 
-LESSON = re.compile(r"0[1-7]_")
+LESSON = re.compile(r"0[1-8]_")
 CELLS, WORDS = (25, 45), (800, 1800)
 PREDICTIONS, EXERCISES = 2, 3
 IMAGE, ALT = re.compile(r"<img\b[^>]*>"), re.compile(r"""\balt=["'][^"']*\w""")
