@@ -201,7 +201,7 @@ def test_the_picture_has_every_curve_and_the_texts():
     ]
     top = max(path.vertices[:, 1].max() for area in figure.axes[3].collections for path in area.get_paths())
     assert top == pytest.approx(5.0)
-    assert figure.get_supxlabel() == "iteration\niteration 0: “ab⏎cd”\niteration 1: “ab⏎cd”"
+    assert figure.get_supxlabel() == "iteration 0: “ab⏎cd”\niteration 1: “ab⏎cd”"
 
 
 def test_a_text_that_the_font_cannot_draw_is_drawn_without_a_warning(recwarn):

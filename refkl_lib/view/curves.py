@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from refkl_lib.view.panel import Picture
 
@@ -22,6 +23,7 @@ def curves_figure(lines: Mapping[str, Sequence[float]], ylabel: str, title: str,
     for (name, values), (color, line, marker) in zip(lines.items(), STYLES, strict=False):
         axes.plot(range(len(values)), list(values), line, marker=marker, markersize=4, color=color, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.spines[["top", "right"]].set_visible(False)

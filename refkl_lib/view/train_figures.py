@@ -6,6 +6,7 @@ from html import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import MaxNLocator
 
 from refkl_lib.train.run import Record
 from refkl_lib.units import MIB, show_bytes
@@ -46,12 +47,15 @@ def train_figure(history: Sequence[Record], peaks: Sequence[Peak] = ()) -> Figur
         ha="left",
         fontsize=10,
     )
-    places = figure.subplots(2, 2, sharex=True).flat
+    places = list(figure.subplots(2, 2, sharex=True).flat)
     for axes, (name, label), style in zip(places, CURVES.items(), STYLES, strict=False):
         color, line, marker = style
         axes.plot([getattr(record, name) for record in history], line, marker=marker, markersize=3.5, color=color)
         _plain(axes, label)
     _draw_memory(places[3], peaks)
+    for axes in places[2:]:
+        axes.set_xlabel("iteration", fontsize=8.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel(_samples(history), x=0.01, ha="left", fontsize=8.5, parse_math=False)
     return figure
 
@@ -108,7 +112,7 @@ def _plain(axes: Axes, label: str) -> None:
 def _samples(history: Sequence[Record]) -> str:
     """Return the first, the middle and the last text, a line each."""
     shown = dict.fromkeys([0, len(history) // 2, len(history) - 1])
-    return "\n".join(["iteration", *(f"iteration {at}: “{_drawable(history[at].sample)}”" for at in shown)])
+    return "\n".join(f"iteration {at}: “{_drawable(history[at].sample)}”" for at in shown)
 
 
 def _drawable(text: str) -> str:
