@@ -1,6 +1,9 @@
 """The site as a reader has it: built without a warning, then opened from a folder, with and without JavaScript."""
 
+import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +31,8 @@ KINDS = [
     "docs/practitioners.html",
     "docs/instructor/mistakes.html",
     LESSONS[-1],
+    "zh/docs/practitioners.html",
+    f"zh/{LESSONS[0]}",
 ]
 TESTED_BY_AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 
@@ -162,6 +167,12 @@ def test_the_library_page_has_every_public_name(pages):
     assert {f"refkl_lib.{name}" for name in refkl_lib.__all__} <= documented
 
 
+def test_a_signature_has_its_parameters_in_order(pages):
+    signature = pages["docs/library.html"].find(id="refkl_lib.load_model")
+    shown = [parameter.text for parameter in signature.select(".sig-param") if parameter.text != "*"]
+    assert [text.split(":")[0] for text in shown] == list(inspect.signature(refkl_lib.load_model).parameters)
+
+
 def test_the_list_of_mistakes_has_all_of_them(pages):
     text = squeezed(pages["docs/instructor/mistakes.html"].find("article").get_text())
     plain = [
@@ -231,7 +242,7 @@ def test_both_themes_are_accessible(site, browser, scheme):
 @pytest.mark.parametrize("width", [390, 800, 1280])
 def test_no_page_is_wider_than_its_window(site, pages, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 900})
-    for name in pages.keys() - {"index.html"}:  # which leads on at once
+    for name in pages.keys() - {"index.html", "zh/index.html"}:  # which lead on at once
         page.goto((site / name).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     page.close()

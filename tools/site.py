@@ -112,7 +112,8 @@ def leave_in_english(app: Sphinx, doctree: nodes.document) -> None:
     lists = [mark for mark in doctree.findall(nodes.comment) if mark.astext() == ENGLISH]
     added = [section for mark in lists for section in mark.parent[mark.parent.index(mark) + 1 :]]
     for node in (node for section in added for node in section.findall(nodes.Element)):
-        node["translatable"] = False  # for the extraction of sentences
+        if not isinstance(node, nodes.inline):  # Sphinx removes an inline element that is so marked
+            node["translatable"] = False  # for the extraction of sentences
     if app.config.language != "en":
         for section in added if is_translated(app, app.env.docname) else doctree.children:
             section["classes"].append("language-en")  # of which docutils makes the attribute `lang`
