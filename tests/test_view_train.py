@@ -132,7 +132,8 @@ def test_the_end_of_the_block_ends_the_training(capsys):
         until(lambda: panel.run.history)
     assert threads() == []
     assert "Live" in capsys.readouterr().out
-    assert panel.widget.layout.display == "none"
+    assert panel._watched.layout.display == "none"
+    assert panel.widget.layout.display is None  # the panel itself can still be shown
 
 
 def test_an_error_of_the_training_is_shown_and_raised():

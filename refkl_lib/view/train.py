@@ -30,7 +30,7 @@ class TrainPanel(Panel):
 
     `make(strategy=…, beta=…, sync_every=…)` returns the `TrainRun` that is then trained for `iterations`, in a thread,
     so that the buttons work. `panel.start()`, `pause()` and `stop()` do what the buttons do; `panel.train()` starts and
-    waits. Inside a `with` block the panel is live, and leaves a picture behind; at its end nothing runs any more.
+    waits. Inside a `with` block its readout is live, and leaves a picture behind; at its end nothing runs any more.
     `panel.run` is the last run, with its history.
     """
 
@@ -60,6 +60,8 @@ class TrainPanel(Panel):
         ]
         self.status, self.readout = widgets.HTML(), widgets.HTML(layout=widgets.Layout(min_height="250px"))
         self.widget = self._layout()
+        # While a cell runs, the kernel hears no button, so a block shows none; the toolbar's stop button works.
+        self._watched = widgets.VBox([self.status, self.readout])
         self._worker: threading.Thread | None = None
         self._go, self._stopping = threading.Event(), threading.Event()
         self._error: BaseException | None = None
@@ -125,12 +127,12 @@ class TrainPanel(Panel):
         return train_figure(self._history(), self.peaks)
 
     def __enter__(self) -> Self:
-        display(Live(self.widget))
+        display(Live(self._watched))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end()
-        hide(self.widget)
+        hide(self._watched)
         display(Picture(self.figure(), self.alt))
 
     def _end(self) -> None:
