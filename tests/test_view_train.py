@@ -13,6 +13,7 @@ from refkl_lib import TrainPanel, TrainRun, add_lora, create_reference, frontier
 from refkl_lib.memory.ledger import OWNERS
 from refkl_lib.train.run import Record
 from refkl_lib.units import MIB
+from refkl_lib.view.train import THREAD
 from refkl_lib.view.train_figures import frontier_figure, readout_html, train_figure
 
 PNG = b"\x89PNG\r\n"
@@ -27,7 +28,7 @@ def make(strategy="adapter", beta=1.0, sync_every=None, reward=len):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
 def until(so):

@@ -20,6 +20,7 @@ from refkl_lib.view.slider import Slider
 from refkl_lib.view.strategy import dropdown
 from refkl_lib.view.train_figures import Peak, readout_html, train_figure
 
+THREAD = "TrainPanel"
 PAUSE = 0.25  # seconds between two drawings, at least
 BETAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SYNCS = [("never", None), ("every 5 iterations", 5), ("every iteration", 1)]
@@ -84,7 +85,7 @@ class TrainPanel(Panel):
         self.run, self.peaks, self._error = run, [], None
         self._go.set()
         self._stopping.clear()
-        self._worker = threading.Thread(target=self._train, args=(run,), daemon=True)
+        self._worker = threading.Thread(target=self._train, name=THREAD, args=(run,), daemon=True)
         self._worker.start()
         return run
 
