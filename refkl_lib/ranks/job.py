@@ -16,6 +16,8 @@ import psutil
 from refkl_lib.ranks.events import Event, read_event
 
 LOOK_EVERY = 0.05  # seconds; well within the launcher's one second, after which it ends the other ranks
+DYING = 0.2  # seconds between the end of a killed process's connections and its own
+KILLED = "it was killed by"
 
 
 class RankError(RuntimeError):
@@ -138,6 +140,10 @@ class Job:
             *lines, text = (text + chunk).split("\n")
             self._lines += filter(None, lines)
             events = [event for line in lines if (event := read_event(line))]
+            if any(event["event"] == "error" for event in events):
+                # A rank that is killed loses its connections first, and is dead a moment later.
+                time.sleep(DYING)
+                dead |= {rank: how for rank, how in self._dead().items() if how.startswith(KILLED)}
             self._remember(events)
             for event in [*self._deaths(dead), *events]:
                 self._heard.put(event)
@@ -190,7 +196,7 @@ def _ending(pid: int) -> str | None:
     if code >= 0:
         return f"it exited with code {code} before it was done"
     hint = " (if nobody did that: the system kills what takes too much memory)" if -code == signal.SIGKILL else ""
-    return f"it was killed by {signal.Signals(-code).name}{hint}"
+    return f"{KILLED} {signal.Signals(-code).name}{hint}"
 
 
 def _end_session(leader: int) -> None:
