@@ -3,7 +3,7 @@
 The sizes are those of DeepSpeed 0.19 (`DeepSpeedZeroOptimizer_Stage3`): every parameter is cut into pieces of
 ⌈numel / ranks⌉; of what trains a rank keeps a flat gradient, and a float32 copy with the optimizer's states; gradients
 are reduced in a bucket of fixed size. A parameter is whole while its module computes, there and back; a small one
-(`stage3_param_persistence_threshold`) from its first use on.
+(`stage3_param_persistence_threshold`) from its first use on, unless the model makes two passes a step.
 """
 
 import json
@@ -76,28 +76,39 @@ def trained_elements(model: nn.Module, ranks: int) -> int:
     return sum(shard.per_rank for shard in shards(model, ranks) if shard.name in training)
 
 
-def persistent(model: nn.Module, zero: Zero3) -> list[Tensor]:
-    """Return tensors of the sizes of the weights that stay whole, on meta."""
-    small = [weight for weight in model.parameters() if weight.numel() <= zero.persistence_threshold]
-    return [_whole(weight, zero.ranks) for weight in small] if zero.ranks > 1 else []
-
-
 class Gathering:
-    """Whole weights for the module that computes, one module at a time, forward and backward."""
+    """Whole weights: those of the module that computes, one module at a time, forward and backward; small ones stay.
 
-    def __init__(self, zero: Zero3, own: Callable[[list[Tensor]], object]) -> None:
-        self._zero, self._own = zero, own
+    With `twice`, of a model that makes two passes a step, they do not: DeepSpeed then never learns in which order the
+    modules compute, fetches nothing ahead, and lets small weights go with their module until the step is over
+    (`PartitionedParameterCoordinator.release_sub_module`).
+    """
+
+    def __init__(self, zero: Zero3, own: Callable[[list[Tensor]], object], twice: bool = False) -> None:
+        self._zero, self._own, self._twice = zero, own, twice
+        self._kept: dict[Tensor, Tensor] = {}
         self._held: list[Tensor] = []
+
+    def keep(self, model: nn.Module) -> None:
+        """Gather a model's small weights, as they are between two steps."""
+        small = [weight for weight in model.parameters() if self._is_small(weight)] if self._zero.ranks > 1 else []
+        self._kept |= {weight: _whole(weight, self._zero.ranks) for weight in small}
+        self._own(list(self._kept.values()))
+
+    def let_go(self, model: nn.Module) -> None:
+        """Leave a model in pieces, as it is while the optimizer steps."""
+        for weight in model.parameters():
+            self._kept.pop(weight, None)
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """Gather the weights of a model's modules in a block."""
         hooks = []
         for module in model.modules() if self._zero.ranks > 1 else ():
-            large = [w for w in module.parameters(recurse=False) if w.numel() > self._zero.persistence_threshold]
-            if large:
-                hooks += [module.register_forward_pre_hook(partial(self._gather, large))]
-                hooks += [module.register_forward_hook(partial(self._passed, large))]
+            moving = [w for w in module.parameters(recurse=False) if self._twice or not self._is_small(w)]
+            if moving:
+                hooks += [module.register_forward_pre_hook(partial(self._gather, moving))]
+                hooks += [module.register_forward_hook(partial(self._passed, moving))]
         try:
             yield
         finally:
@@ -105,13 +116,18 @@ class Gathering:
             for hook in hooks:
                 hook.remove()
 
+    def _is_small(self, weight: Tensor) -> bool:
+        return weight.numel() <= self._zero.persistence_threshold
+
     def _gather(self, weights: list[nn.Parameter], *_: object) -> None:
         self._held = []  # before the next ones are there
-        self._held = [_whole(weight, self._zero.ranks) for weight in weights]
+        self._held = [_whole(weight, self._zero.ranks) for weight in weights if weight not in self._kept]
         self._own(self._held)
 
     def _passed(self, weights: list[nn.Parameter], _module: nn.Module, _inputs: object, output: Any) -> None:
         self._held = []
+        for weight in weights:
+            self._kept.pop(weight, None)
         first = output if isinstance(output, Tensor) else output[0]
         if first.requires_grad:
             first.register_hook(partial(self._gather, weights))
@@ -146,16 +162,14 @@ def held_by_a_rank(
     elif zero.offload_optimizer == "cpu":
         host["gradients"] += [flat, _empty(elements, torch.float32)]  # as they come, and as the optimizer takes them
         host["optimizer"] = states
-    whole = persistent(policy, zero)
     if reference is not None and partitioned:
         waits = offload or zero.offload_param
         if waits != "nvme":
             (host if waits == "cpu" else device)["reference"] += _cut(reference, zero.ranks)
         device["reference"] += reference.buffers()
-        whole += persistent(reference, zero)
     elif reference is not None:
         device["reference"] = list(tensors_of(reference))
-    return device | {"gathered": whole}, host
+    return device, host
 
 
 def optimizer_states(elements: int, name: str, copied: bool) -> list[Tensor]:

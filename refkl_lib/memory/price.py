@@ -26,7 +26,7 @@ from refkl_lib.memory.meta import Device
 from refkl_lib.memory.optimizers import OPTIMIZERS, OptimizerName
 from refkl_lib.memory.partition import Zero3, kept_whole, optimizer_transient, zero3_of
 from refkl_lib.memory.shapes import Model, config_of
-from refkl_lib.memory.trace import Attention, Moment, Precision, Step, Trace, layers_of, model_of, trace
+from refkl_lib.memory.trace import Attention, Precision, Step, Trace, layers_of, model_of, trace
 from refkl_lib.step import KLFrom
 from refkl_lib.units import show_bytes
 
@@ -174,13 +174,16 @@ def _plus(found: Trace, owner: str, nbytes: int) -> Trace:
 def _with_zero3(found: Trace, step: Step, zero: Zero3, parameters: int) -> Trace:
     width = 4 if step.dtype == "fp32" else 2
     adapters = 0 if step.lora_rank is None else found.sizes["trained"]
-    models = [parameters + adapters, *([parameters] if step.strategy == "zero3" else [])]
+    # Of a policy that makes two passes a step nothing stays (`Gathering`).
+    models = [] if step.strategy == "adapter" else [parameters + adapters]
+    models += [parameters] if step.strategy == "zero3" else []
     ahead = sum(kept_whole(zero, elements) for elements in models) * width
-    passes = tuple((moment, owners | {"gathered": owners["gathered"] + ahead}) for moment, owners in found.moments)
+    *passes, (optimizer, held) = found.moments
+    passes = [(moment, owners | {"gathered": owners["gathered"] + ahead}) for moment, owners in passes]
     elements = found.sizes["trained elements"]
     transient = optimizer_transient(zero, elements, width, step.device == "cuda" or step.optimizer != "adamw")
-    stepping = found.at_rest | {"activations": found.at_rest["activations"] + transient}
-    return replace(found, moments=(*passes, (Moment("optimizer", None, ""), stepping)))
+    stepping = held | {"activations": held["activations"] + transient}
+    return replace(found, moments=(*passes, (optimizer, stepping)))
 
 
 def _host(found: Trace) -> dict[str, int]:
@@ -205,17 +208,19 @@ def _assumptions(model: PreTrainedModel, step: Step, ranks: int) -> Iterator[str
     if step.optimizer == "adamw8bit":
         yield "the optimizer's states have 8 bits and a float32 scale for each 256 (bitsandbytes)"
     if step.zero is not None:
-        yield from _zero3_assumptions(step.zero)
+        yield from _zero3_assumptions(step.zero, twice=step.strategy == "adapter")
     elif ranks > 1:
         yield f"each of {ranks} ranks holds all of this; gradients are counted twice, for buckets of them are reduced"
     if step.device == "cuda":
         yield f"not counted: the CUDA context, the allocator's rounding and fragments, and {_scratch(model, step)}"
 
 
-def _zero3_assumptions(zero: Zero3) -> Iterator[str]:
+def _zero3_assumptions(zero: Zero3, twice: bool) -> Iterator[str]:
     yield f"weights, gradients and states are cut over {zero.ranks} ranks, padded as DeepSpeed does"
     yield f"a bucket of {zero.reduce_bucket:,} elements reduces the gradients"
-    if zero.ranks > 1 and min(zero.max_live, zero.max_reuse_distance) > 0:
+    if twice:
+        yield "with two passes a step DeepSpeed keeps no weight gathered for its next use, and fetches none ahead"
+    elif zero.ranks > 1 and min(zero.max_live, zero.max_reuse_distance) > 0:
         yield "of each model all that may stay gathered (stage3_max_live_parameters) is counted: the most there can be"
 
 

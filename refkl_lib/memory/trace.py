@@ -133,7 +133,7 @@ def _partitioned_step(
 ) -> Trace:
     """Run the passes of whole models that nobody owns, and let shards stand for them.
 
-    A gradient goes as soon as it is there, into the flat ones, which stand for all. There is no optimizer's step.
+    A gradient goes as soon as it is there, into the flat ones, which stand for all. The optimizer takes no step.
     """
     assert step.zero is not None
     for weight in policy.parameters():
@@ -148,12 +148,19 @@ def _partitioned_step(
         for owner, tensors in held.items():
             ledger.own(owner, tensors)
         ledger.own("activations", batch)
-        gathering = Gathering(step.zero, partial(ledger.own, "gathered"))
+        gathering = Gathering(step.zero, partial(ledger.own, "gathered"), twice=step.strategy == "adapter")
+        gathering.keep(policy)
+        if reference_model is not None and partitioned:
+            gathering.keep(reference_model)
         watch = _Watch(ledger, gathering if partitioned else None)
         with watch.layers(policy), gathering.of(policy):
             held_by_loop = _backward(step, policy, reference, batch, watch)
         watch.end()
+        gathering.let_go(policy)
+        watch.enter("optimizer")
+        watch.end()
         del held_by_loop
+        gathering.keep(policy)
         sizes = {"reference": _nbytes(held["reference"]) + _nbytes(host["reference"])}
         sizes["trained elements"] = trained_elements(policy, step.zero.ranks)
         sizes |= {f"host {owner}": _nbytes(tensors) for owner, tensors in host.items()}
