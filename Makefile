@@ -29,7 +29,7 @@ test: .venv/.test ## set up what is missing and check everything: style, types, 
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.test ## measure speed and memory on this machine, into benchmarks/RESULTS.md
 	$(FETCH_MODEL)

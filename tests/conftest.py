@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 from bs4 import BeautifulSoup
+from filelock import FileLock
 
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -29,10 +30,14 @@ LAUNCHER = [
 ]
 OFFLINE = Path(__file__).parent / "offline"
 # Any order of the notebooks is right. A run says which it took, and can be asked to take it again.
-ORDER = os.environ.get("REFKL_ORDER") or str(random.randrange(1000))
+ORDER = os.environ.setdefault("REFKL_ORDER", str(random.randrange(1000)))
 
 
 def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        # Threads of two workers that wait for each other's processors take many times as long.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     for name in LAUNCHER:
         os.environ.pop(name, None)
     # A learner's own progress is not for tests, nor for the kernels that run the notebooks.
@@ -84,13 +89,23 @@ def nothing_left(mark: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site in both languages, built as `make site` does."""
-    folder = tmp_path_factory.mktemp("site")
+    """The site in both languages, built as `make site` does; once for all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "site.lock"):
+        if not (folder / "site").exists():
+            build_site(folder / "site")
+    return folder / "site"
+
+
+def build_site(folder: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-c", "docs"]
     for edition in ([".", folder], ["-D", "language=zh_CN", ".", folder / "zh"]):
         build = subprocess.run([*command, *edition], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert build.returncode == 0, build.stderr
-    return folder
+        if build.returncode != 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            pytest.fail(build.stderr)
 
 
 @pytest.fixture(scope="session")

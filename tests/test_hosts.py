@@ -242,7 +242,7 @@ def agree(events: list[Event]) -> bool:
 
 def test_a_launcher_on_each_host_trains_as_one_machine_does(hosts: list[Host], one_machine: ZeRO3Run) -> None:
     launchers = [host.start(GUIDE["on-each-host"]) for host in hosts]
-    assert ended(launchers, SECONDS_TO_COME) == [0, 0]
+    assert ended(launchers, SECONDS_TO_COME) == [0, 0], [host.output.read_text()[-4000:] for host in hosts]
     for host in hosts:
         assert {event["rank"] for event in host.events} == {host.rank}
         assert is_that_of(one_machine, host.events)
@@ -252,7 +252,7 @@ def test_a_launcher_on_each_host_trains_as_one_machine_does(hosts: list[Host], o
 
 def test_one_command_starts_all_ranks_over_ssh(reachable: list[Host], one_machine: ZeRO3Run) -> None:
     here = reachable[0]
-    assert ended([here.start(GUIDE["over-ssh"])], SECONDS_TO_COME) == [0]
+    assert ended([here.start(GUIDE["over-ssh"])], SECONDS_TO_COME) == [0], here.output.read_text()[-4000:]
     for rank, address in enumerate(ADDRESSES):
         assert f'{address}: refkl {{"event": "done", "rank": {rank}' in here.output.read_text()
         assert is_that_of(one_machine, [event for event in here.events if event["rank"] == rank])

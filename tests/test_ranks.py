@@ -260,6 +260,18 @@ def ended_quickly(since: float) -> bool:
     return time.monotonic() - since < SECONDS_TO_END
 
 
+def test_ranks_leave_before_anything_can_go_wrong_while_python_is_taken_down(tmp_path: Path) -> None:
+    """An abort at exit stands for one in a thread of gloo, which comes once in many runs."""
+    abort_at_exit = "import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n"
+    (tmp_path / "sitecustomize.py").write_text(abort_at_exit)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tmp_path)}
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=1", f"--master_port={launch._free_port()}"]
+    command = [*launcher, "--no_local_rank", "--module", "refkl_lib.ranks.worker", "--steps=1"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert '"event": "done"' in run.stdout
+
+
 def test_a_rank_that_raises_is_named_with_its_traceback() -> None:
     steps: list[int] = []
     error = failing("raise at step 1", on_event=lambda event: steps.append(event.get("step", -1)))

@@ -1,6 +1,7 @@
 """Panels: their callbacks, their static faces, and what they leave behind."""
 
 import base64
+import re
 import threading
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from refkl_lib.comparison import StrategyRun, bill_table, run_strategy
 from refkl_lib.tensors import storage_bytes
 from refkl_lib.view.figures import runs_figure, timeline_figure
 from refkl_lib.view.mechanisms import three_ways
-from refkl_lib.view.memory import readout_html
+from refkl_lib.view.memory import COLUMNS, readout_html, timeline_html
 from refkl_lib.view.panel import png
 from refkl_lib.view.strategy import runs_html
 
@@ -116,6 +117,20 @@ def test_readout_shows_now_and_peak_of_each_owner():
     assert "1.0 MiB" in html
     assert "4.0 MiB" in html
     assert "<b>" not in html
+
+
+def test_the_timeline_marks_the_peak_and_stacks_the_owners():
+    held = [{"policy": 0, "gradients": 0}, {"policy": MIB, "gradients": 3 * MIB}, {"policy": MIB, "gradients": 0}]
+    html = timeline_html(list(zip((2.0, 5.0, 6.0), held, strict=True)))
+    assert "4.0 s so far; the peak, 4.0 MiB, was at 3.0 s" in html
+    all_of_it, policy = re.findall(r'points="(.*?)"', html)  # the lower area is drawn over the higher one
+    assert f" {3 * COLUMNS // 4 + 1},0 " in all_of_it
+    assert f" {3 * COLUMNS // 4 + 1},75 " in policy
+    assert policy.endswith(f" {COLUMNS},75 {COLUMNS},100")
+
+
+def test_the_timeline_of_nothing_is_drawn():
+    assert "the peak, 0.0 MiB" in timeline_html([(0.0, {"policy": 0})])
 
 
 # StrategyPanel

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from refkl_lib.ranks.events import tell
 
@@ -27,6 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from refkl_lib.ranks.training import train
 
         train(settings)
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process without taking Python down; a rank that has left the others has nothing more to do.
+
+    A thread of gloo that wakes up late may still hold a tensor, and lets go of it when there is no Python any more:
+    then the system ends the process with SIGABRT (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ with MemoryPanel() as panel:
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Self
 
@@ -15,11 +15,13 @@ import ipywidgets as widgets
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from refkl_lib.memory.ledger import MemoryLedger, Thing
+from refkl_lib.memory.ledger import MemoryLedger, Point, Thing
 from refkl_lib.memory.meters import Meter, read_meter
 from refkl_lib.units import show_bytes
 from refkl_lib.view.figures import OTHER, timeline_figure
 from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, hide, static_face
+
+COLUMNS = 120  # of the picture that is drawn while the cell runs
 
 
 class MemoryPanel:
@@ -33,7 +35,7 @@ class MemoryPanel:
 
     def __init__(self, rate: float = 3.0) -> None:
         self.ledger = MemoryLedger()
-        self.widget = widgets.HTML(layout=widgets.Layout(height="190px", width="100%"))
+        self.widget = widgets.HTML(layout=widgets.Layout(height="300px", width="100%"))
         self._pause = 1 / rate
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
@@ -65,7 +67,55 @@ class MemoryPanel:
 
     def _sample(self) -> None:
         while not self._stop.wait(self._pause):
-            self.widget.value = readout_html(self.ledger.now(), self.ledger.peak(), read_meter(pss=False))
+            table = readout_html(self.ledger.now(), self.ledger.peak(), read_meter(pss=False))
+            self.widget.value = table + timeline_html(self.ledger.timeline)
+
+
+def timeline_html(timeline: Sequence[Point]) -> str:
+    """Return the bytes over time as an SVG picture, owners stacked as in the table, its highest moment marked.
+
+    It is drawn several times a second, for which a figure would take too long.
+    """
+    slices = _slices(timeline)
+    totals = [sum(owners.values()) for _, owners in slices]
+    peak = max(totals)
+    highest = totals.index(peak)
+    stack = list(slices[-1][1])
+    areas = [_area(slices, stack[: upto + 1], peak) for upto in reversed(range(len(stack)))]
+    start, end = slices[0][0], slices[-1][0]
+    said = f"{end - start:.1f} s so far; the peak, {show_bytes(peak)}, was at {slices[highest][0] - start:.1f} s"
+    mark = (
+        f'<path d="M{highest} 0V100" stroke="currentColor" stroke-dasharray="3 3" vector-effect="non-scaling-stroke"/>'
+    )
+    return (
+        f'<svg viewBox="0 0 {max(len(slices) - 1, 1)} 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{said}" style="width:100%;max-width:820px;height:80px;display:block;margin-top:4px">'
+        f"{''.join(areas)}{mark}</svg><div>{said}</div>"
+    )
+
+
+def _slices(timeline: Sequence[Point]) -> list[Point]:
+    """Return the highest point of each of COLUMNS slices of time, the last one's in a slice without any."""
+    start, end = timeline[0][0], timeline[-1][0]
+    width = (end - start) / COLUMNS or 1.0
+    found: list[Point | None] = [None] * COLUMNS
+    for point in timeline:
+        at = min(int((point[0] - start) / width), COLUMNS - 1)
+        best = found[at]
+        found[at] = point if best is None or sum(point[1].values()) >= sum(best[1].values()) else best
+    shown = [timeline[0]]
+    for highest in found:
+        shown.append(highest or shown[-1])
+    return shown
+
+
+def _area(slices: Sequence[Point], owners: Sequence[str], peak: int) -> str:
+    """Return the area below what these owners hold together, in the colour of the last."""
+    scale = 100 / max(peak, 1)
+    heights = (sum(held.get(owner, 0) for owner in owners) * scale for _, held in slices)
+    top = " ".join(f"{at},{100 - height:.0f}" for at, height in enumerate(heights))
+    color = OWNER_STYLES.get(owners[-1], OTHER)[0]
+    return f'<polygon points="0,100 {top} {len(slices) - 1},100" fill="{color}"/>'
 
 
 def readout_html(now: Mapping[str, int], peak: Mapping[str, int], meter: Meter) -> str:
