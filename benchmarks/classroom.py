@@ -19,9 +19,9 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 from refkl_lib.memory.meters import machine
+from refkl_lib.units import MIB
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb"
-MIB = 2**20
 
 
 def up_to_a_picture(model: str) -> NotebookNode:

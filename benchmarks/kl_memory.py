@@ -31,8 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from refkl_lib import exact_kl, linear_kl, linear_token_log_probs, token_log_probs
 from refkl_lib.memory.meters import machine
-
-MIB = 2**20
+from refkl_lib.units import MIB
 
 
 @dataclass

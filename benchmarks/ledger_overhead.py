@@ -32,7 +32,7 @@ def training_step(source: str, batch_size: int, tokens: int) -> tuple[Callable[[
     ledger = MemoryLedger()
     policy = ledger.own("policy", load_model(source).train())
     reference = CloneReference(policy)
-    ledger.own("reference", reference.model)
+    ledger.own("reference", reference)
     optimizer = ledger.own("optimizer", torch.optim.AdamW(policy.parameters(), lr=1e-6))
     ids = torch.randint(policy.config.vocab_size, (batch_size, tokens), device=policy.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -131,7 +131,8 @@ def run_strategy(
     `lora_rank=None` trains all weights, which leaves "adapter" nothing to switch off; "swap" is for that alone. The
     learning rate is 1e-3 for an adapter and 1e-5 for all weights unless given. "zero3" starts `ranks` processes
     (`launch_zero3`), each on the same batch; `ranks` and `on_event` are theirs alone.
-    Raises ValueError for an unknown strategy or a count below 1, and what the strategy raises.
+    Raises ValueError for an unknown strategy, a count below 1, `seq` below 2 or a beta that is none (`policy_loss`),
+    and what the strategy raises.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}, but must be one of {STRATEGIES}")

@@ -1,14 +1,23 @@
 """The training step that the whole kit measures: next-token loss plus a KL penalty."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refkl_lib.kl.divergence import GivesLogits, Pass, hidden_states, kl_of_passes, policy_states
+from refkl_lib.kl.divergence import (
+    GivesLogits,
+    Pass,
+    WholeLogitsError,
+    hidden_states,
+    kl_of_passes,
+    policy_states,
+)
 from refkl_lib.kl.estimators import kl_loss
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.linear import HeadOutput, linear_token_log_probs
@@ -36,26 +45,52 @@ def policy_loss(
     as it is, k2 (`kl_loss`), of the batch's own tokens. If the policy did not sample these, it is not the KL, but
     still 0 where the two models agree and a pull back where they do not.
     Raises ValueError if `kl` is neither, or is "linear" and a head is more than a linear layer on this device
-    (`hidden_states`).
+    (`hidden_states`), if beta is negative or not finite, or if no token that counts is there to be predicted.
     """
-    _check_kl(kl)
+    _check(kl, batch)
+    checked_beta(beta)
     if not getattr(reference, "has_logits", True):
         return _from_log_probs(policy, reference, batch, beta, kl)
-    from_where = _from_logits if kl == "full" else _from_hidden_states
-    return from_where(policy, reference, batch, beta)
+    if kl == "full":
+        return _from_logits(policy, reference, batch, beta)
+    with _whole_logits_as_way_out():
+        return _from_hidden_states(policy, reference, batch, beta)
 
 
 def next_token_loss(policy: nn.Module, batch: dict[str, Any], kl: KLFrom = "full") -> Tensor:
     """Return the loss of `policy_loss` for beta = 0, for which no reference is asked; raises as that does."""
-    _check_kl(kl)
+    _check(kl, batch)
     if kl == "full":
         return _cross_entropy(policy(**{"use_cache": False} | batch).logits, batch)
-    return _linear_cross_entropy(*policy_states(policy, batch), batch)
+    with _whole_logits_as_way_out():
+        return _linear_cross_entropy(*policy_states(policy, batch), batch)
 
 
-def _check_kl(kl: str) -> None:
+def checked_beta(beta: float) -> float:
+    """Return beta. Raises ValueError unless it is a finite number, 0 or more."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta is {beta}, but must be 0 (no leash) or more, and finite: the price of a nat")
+    return beta
+
+
+def _check(kl: str, batch: dict[str, Any]) -> None:
     if kl not in get_args(KLFrom):
         raise ValueError(f'kl is {kl!r}, but must be "full" (from all logits) or "linear" (from hidden states)')
+    mask = batch["attention_mask"]
+    if not bool(mask[:, 1:].any()):
+        raise ValueError(
+            f"in a batch of shape {tuple(mask.shape)} no token after the first counts, so there is none to predict: "
+            "give sequences of two tokens or more, and a mask that is 1 where a token counts"
+        )
+
+
+@contextmanager
+def _whole_logits_as_way_out() -> Iterator[None]:
+    """Let the error of a block that wants hidden states say what to do without them."""
+    try:
+        yield
+    except WholeLogitsError as obstacle:
+        raise WholeLogitsError(f'kl="linear" cannot be had here, use kl="full": {obstacle}') from obstacle
 
 
 def _from_logits(
@@ -91,7 +126,8 @@ def _next_token_log_probs(policy: nn.Module, batch: dict[str, Any], kl_from: KLF
     if kl_from == "full":
         logits = policy(**{"use_cache": False} | batch).logits
         return token_log_probs(logits[:, :-1], batch["input_ids"][:, 1:])
-    return _linear_log_probs(*policy_states(policy, batch), batch)
+    with _whole_logits_as_way_out():
+        return _linear_log_probs(*policy_states(policy, batch), batch)
 
 
 def _cross_entropy(logits: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -154,6 +154,16 @@ def test_a_frozen_adapter_owns_its_bytes_and_follows_by_replacement(policy, batc
         reference.sync(policy, alpha=0.5)
 
 
+def test_a_copy_needs_an_adapter_and_a_name_of_its_own(policy, batch):
+    with pytest.raises(TypeError, match=r"policy is a LlamaForCausalLM.*add_lora"):
+        copy_adapter(load_model("pocket"))
+    train(policy, AdapterReference(policy), batch, steps=1)
+    before = state(policy)
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        copy_adapter(policy, "default")
+    assert state(policy) == before
+
+
 def test_the_bare_base_cannot_follow_and_says_why(policy):
     with pytest.raises(ValueError, match=r"own base model.*copy_adapter"):
         AdapterReference(policy).sync(policy)

@@ -69,7 +69,8 @@ def test_with_ample_memory_the_simplest_way_is_taken(run, way):
         ({"host_memory": 64 * GIB, "fixed_data": True}, "clone", "swap"),
         ({}, "clone", None),
         (LORA | {"ranks": 8, "model": "Qwen2.5-7B"}, "adapter", "adapter, zero3"),
-        (LORA | {"ranks": 8}, "adapter", None),  # whole logits and gathered layers are more than is shared
+        (LORA | {"ranks": 8}, "adapter", "adapter, zero3"),
+        (LORA | {"ranks": 8, "seq": 2048}, "adapter", None),  # whole logits are more than is shared
         (LORA, "adapter", None),
     ],
 )
@@ -257,7 +258,11 @@ def test_advice_reads_as_a_table_a_path_and_a_reason():
     assert f"\n1. {FIRST} No: all weights do.\n" in text
     assert "\nzero3: load the model again, partitioned over the ranks. It fits: " in text
     assert "What would change it:\n- " in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("run", [{}, {"host_memory": GIB}, {"lora_rank": 16}])
+def test_a_text_fits_a_narrow_window(run):
+    assert max(map(len, repr(advise("Qwen/Qwen2.5-7B", device_memory=200 * GIB, **run)).splitlines())) <= WIDTH
 
 
 # What is refused

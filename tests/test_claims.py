@@ -225,6 +225,12 @@ def test_the_html_is_a_table_whose_headers_have_a_scope():
     assert found.links == ["02_full_clone.ipynb#Two-locks"] * 3
 
 
+def test_the_html_breaks_long_words_and_keeps_a_lessons_name_whole():
+    html = claims_html(table(*THREE))
+    assert html.count("overflow-wrap:anywhere") == html.count("<td")
+    assert html.count('style="white-space:nowrap">02_full_clone</a>') == 3
+
+
 def test_the_html_can_be_read_in_both_themes():
     html = claims_html(table(*THREE))
     assert "background" not in html

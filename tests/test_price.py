@@ -3,6 +3,7 @@
 import pickle
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from test_price_truth import ADAPTER, CONFIGS, step
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import BartConfig, LlamaConfig, PreTrainedConfig
 
 from refkl_lib import MemoryLedger, known_models, load_model, price
 from refkl_lib.memory.extrapolate import at_depth, depths_for, period_of
@@ -266,6 +267,16 @@ def test_what_may_stay_gathered_is_counted_for_each_model():
     assert held == {"zero3": 2 * whole, "plain": whole}
 
 
+def test_a_policy_that_makes_two_passes_a_step_keeps_nothing_gathered():
+    jobs = [{"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": most} for most in (0, 10**9)]
+    priced = partial(price, CONFIGS["llama"], "adapter", lora_rank=4, ranks=2)
+    short, long = (priced(ds_config={"zero_optimization": job}) for job in jobs)
+    assert short.moments == long.moments
+    gathered = {phase: [o["gathered"] for m, o in short.moments if m.phase == phase] for phase in short.phases}
+    assert max(gathered["reference"]) >= short.at_rest["gathered"] > max(gathered["backward"]) > 0
+    assert gathered["optimizer"] == [0]
+
+
 def test_a_configuration_may_be_a_file(tmp_path):
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 4000}}')
@@ -283,6 +294,7 @@ def test_a_configuration_may_be_a_file(tmp_path):
         ADAPTER | {"kl": "linear", "device": "cuda", "dtype": "bf16"},
         {"kl": "linear", "checkpointing": True, "dtype": "mixed", "device": "cuda"},
         {"strategy": "zero3", "dtype": "bf16", "zero": zero3_of({}, 4, 64)},
+        ADAPTER | {"dtype": "fp32", "zero": zero3_of({}, 4, 64)},
         {"strategy": "swap", "kl": "full", "dtype": "bf16", "device": "cuda"},
         {"strategy": "precomputed", "kl": "linear", "dtype": "mixed", "device": "cuda"},
     ],
@@ -351,6 +363,12 @@ def test_an_unknown_model_is_refused(monkeypatch, tmp_path):
         price("nobody/nothing", "clone")
     with pytest.raises(ValueError, match=r"has no config\.json"):
         price(tmp_path, "clone")
+    for content in ("{", '{"model_type": "nonsense"}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"transformers cannot read .*config\.json"):
+            price(tmp_path, "clone")
+    with pytest.raises(ValueError, match=r"this BartForCausalLM has no stack of .* layers"):
+        price(BartConfig(vocab_size=64, d_model=32, decoder_ffn_dim=32), "clone")
     with pytest.raises(TypeError, match="model is a int"):
         price(7, "clone")  # type: ignore[arg-type]
 
@@ -375,6 +393,7 @@ def test_the_largest_needs_no_more_than_a_small_one():
         ({"seq": 1}, "seq is 1, but must be a whole number, at least 2"),
         ({"ranks": 1.5}, "ranks is 1.5"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"lora_rank": True}, "lora_rank is True"),
         ({"strategy": "adapter"}, "give lora_rank=16"),
         ({"ds_config": {}}, "of shards there is no clone reference"),
         ({"strategy": "zero3", "kl": "linear"}, 'use kl="full"'),

@@ -401,6 +401,8 @@ def test_a_port_that_is_taken_in_the_last_moment_is_replaced(monkeypatch: pytest
         ({"timeout": -1.0}, "timeout is -1.0"),
         ({"batch": 0}, "batch is 0"),
         ({"seq": 10**6}, "seq 1000000"),
+        ({"seq": 1}, "seq is 1, but must be at least 2"),
+        ({"beta": float("nan")}, "beta is nan"),
         ({"reference": "clone"}, "reference is 'clone', but must be one of"),
         ({"reference": "adapter"}, "no adapter to switch off"),
         ({"reference": "plain", "offload": "cpu"}, "offload='cpu' is for the shards of reference=\"zero3\""),

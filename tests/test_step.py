@@ -1,5 +1,6 @@
 """The training step's loss: from whole logits, from hidden states, and without a reference."""
 
+import math
 from typing import Any
 
 import pytest
@@ -71,8 +72,31 @@ def test_a_choice_that_there_is_not_is_named():
 
 def test_a_head_with_an_adapter_is_refused_from_hidden_states():
     policy = add_lora(load_model("pocket"), 4, targets=["lm_head", "q_proj"], ensure_weight_tying=True)
-    with pytest.raises(ValueError, match="not a plain linear layer"):
-        policy_loss(policy, create_reference(policy, "adapter"), padded_batch(), 0.1, kl="linear")
+    reference = create_reference(policy, "adapter")
+    with pytest.raises(ValueError, match=r'use kl="full".*not a plain linear layer'):
+        policy_loss(policy, reference, padded_batch(), 0.1, kl="linear")
+    with pytest.raises(ValueError, match=r'use kl="full".*not a plain linear layer'):
+        next_token_loss(policy, padded_batch(), kl="linear")
+    assert policy_loss(policy, reference, padded_batch(), 0.1, kl="full")[0].isfinite()
+
+
+@pytest.mark.parametrize("kl", ["full", "linear"])
+def test_nothing_to_predict_is_an_error_and_not_nan(kl):
+    policy, reference = models(None)
+    one_token = {name: tensor[:, :1] for name, tensor in padded_batch().items()}
+    masked = padded_batch() | {"attention_mask": torch.zeros_like(padded_batch()["attention_mask"])}
+    for batch in (one_token, masked):
+        with pytest.raises(ValueError, match="no token after the first counts"):
+            policy_loss(policy, reference, batch, 0.1, kl=kl)
+        with pytest.raises(ValueError, match="no token after the first counts"):
+            next_token_loss(policy, batch, kl=kl)
+
+
+@pytest.mark.parametrize("beta", [-0.1, math.inf, math.nan])
+def test_a_beta_that_is_none_is_an_error_and_not_nan(beta):
+    policy, reference = models(None)
+    with pytest.raises(ValueError, match=f"beta is {beta}, but must be 0"):
+        policy_loss(policy, reference, padded_batch(), beta)
 
 
 # A reference that knows log-probs alone

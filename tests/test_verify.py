@@ -38,6 +38,14 @@ def only_finding(policy, reference, batch, **options):
     return report.findings[0]
 
 
+def test_a_batch_that_shows_nothing_is_refused(policy, batch):
+    reference = create_reference(policy, "clone")
+    masked = batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+    for nothing in (sample_batch("pocket", batch=2, seq=1), masked):
+        with pytest.raises(ValueError, match="nothing to compare"):
+            verify_reference(policy, reference, nothing)
+
+
 @pytest.mark.parametrize("strategy", ["clone", "adapter", "swap"])
 def test_a_reference_passes_before_and_after_training(policy, batch, strategy):
     if strategy == "adapter":

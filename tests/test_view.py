@@ -88,6 +88,11 @@ def test_memory_panel_counts_by_owner_and_leaves_a_picture():
     assert face(panel)["text/plain"] == MemoryPanel.alt
 
 
+def test_memory_panel_needs_a_rate():
+    with pytest.raises(ValueError, match="rate is 0"):
+        MemoryPanel(rate=0)
+
+
 def test_memory_panel_ends_its_thread_whatever_ends_the_block():
     before = threading.active_count()
 
@@ -241,7 +246,12 @@ def test_strategies_agree_on_the_kl_and_differ_in_the_bill():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"strategy": "swop"}, "'swop'"), ({"strategy": "clone", "steps": 0}, "steps is 0")],
+    [
+        ({"strategy": "swop"}, "'swop'"),
+        ({"strategy": "clone", "steps": 0}, "steps is 0"),
+        ({"strategy": "clone", "seq": 1}, "no token after the first counts"),
+        ({"strategy": "clone", "beta": -1.0}, "beta is -1"),
+    ],
 )
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,7 @@
 """RanksPanel: what it shows of a job while that runs, and the picture that it leaves."""
 
+import pytest
+
 from refkl_lib import RanksPanel
 from refkl_lib.view.ranks import ranks_figure, ranks_html
 
@@ -29,6 +31,13 @@ def test_a_job_is_kept_as_a_timeline_for_each_rank_and_its_exact_peak():
     assert panel.timelines[0] == [(2.0, HALF), (3.0, FULL), (4.0, HALF)]
     assert panel.timelines[1] == [(3.0, HALF), (4.0, FULL), (5.0, HALF)]
     assert sum(panel.peaks[1].values()) == 5 * MIB
+
+
+def test_a_rank_without_a_bar_is_named():
+    with pytest.raises(ValueError, match="ranks is 0"):
+        RanksPanel(ranks=0)
+    with pytest.raises(ValueError, match="rank 2 has no bar"):
+        RanksPanel(ranks=2).hear(said(2, "memory", 1.0, owners=HALF))
 
 
 def test_it_writes_at_most_four_times_a_second_and_at_the_end(monkeypatch):

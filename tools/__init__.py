@@ -1,1 +1,1 @@
-"""What keeps the notebooks fit for git and for readers; `make` runs it."""
+"""What keeps the notebooks fit for git and for readers, makes the site, and runs the benchmarks; `make` runs it."""

@@ -22,7 +22,7 @@ from refkl_lib.memory.shapes import Model
 from refkl_lib.memory.trace import Attention, Precision
 from refkl_lib.units import MIB, show_bytes
 
-WIDTH = 96  # characters in a line
+WIDTH = 88  # characters in a line, what a notebook shows of a window 800 pixels wide
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,7 +113,7 @@ class Advice:
     def _table(self) -> str:
         rows = [("", "reference", "peak", "needed", "fits"), *map(_row, self.options)]
         return "\n".join(
-            f"{name:<14}{held:>11}{peak:>13}{needed:>13}  {fits}" for name, held, peak, needed, fits in rows
+            f"{name:<14}{held:>11}{peak:>12}{needed:>12}  {fits}" for name, held, peak, needed, fits in rows
         )
 
     def _path(self) -> str:

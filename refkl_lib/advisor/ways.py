@@ -105,7 +105,7 @@ class Option:
             return self.verdict
         waiting = sum(self.bill.host.values())
         if waiting > self.run.host_memory:
-            return f"{show_bytes(waiting)} of host memory needed, {show_bytes(self.run.host_memory)} there"
+            return f"{show_bytes(waiting)} of host memory needed"
         return ""
 
     @property
@@ -119,9 +119,9 @@ class Option:
     @property
     def _misfit(self) -> str:
         if self.way.arguments["strategy"] == "adapter" and not self.run.trains_adapter:
-            return "no adapter to switch off (lora_rank)"
+            return "nothing to switch off (lora_rank)"
         if self.way.name == "swap" and self.run.trains_adapter:
-            return "with an adapter there is nothing to swap"
+            return "nothing to swap with an adapter"
         return ""
 
     @property
@@ -129,9 +129,9 @@ class Option:
         if self.way.shares and self.run.ranks == 1:
             return "there is one rank"
         if self.way.name == "swap" and self.run.host_memory == 0:
-            return "no host memory set aside (host_memory)"
+            return "no host memory (host_memory)"
         if self.way.name == "precomputed" and not self.run.fixed_data:
-            return "texts not known beforehand (fixed_data)"
+            return "texts not known yet (fixed_data)"
         return ""
 
 

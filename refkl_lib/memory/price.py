@@ -257,7 +257,7 @@ def _check(settings: dict[str, Any]) -> None:
         value = settings[name]
         if name == "lora_rank" and value is None:
             continue
-        if not isinstance(value, int) or value < (2 if name == "seq" else 1):
+        if type(value) is not int or value < (2 if name == "seq" else 1):
             least = "2 (a token, and the one that follows it)" if name == "seq" else "1"
             raise ValueError(f"{name} is {value!r}, but must be a whole number, at least {least}")
     _check_together(settings)

@@ -32,8 +32,8 @@ def config_of(model: Model) -> PreTrainedConfig:
 
     A name is a hub id of `known_models` (its last part will do: "Qwen2.5-7B"), "pocket", "smollm2", a folder with a
     config.json, or any other hub id, whose config.json is then downloaded unless it has been before.
-    Raises TypeError if `model` is none of these, ValueError if the hub has no such model, ModelUnavailableError if it
-    cannot be reached.
+    Raises TypeError if `model` is none of these, ValueError for a folder without a config.json that transformers can
+    read, ModelUnavailableError if that of a hub id cannot be had.
     """
     if isinstance(model, PreTrainedConfig):
         return model
@@ -52,16 +52,27 @@ def config_of(model: Model) -> PreTrainedConfig:
 
 def _read(name: str) -> PreTrainedConfig:
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: give the folder that model.save_pretrained(folder) wrote")
+    if folder.is_dir():
+        return _read_folder(folder)
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        known = ", ".join(sorted(name.split("/")[-1] for name in _shapes()))
+        known = ", ".join(sorted(hub_id.split("/")[-1] for hub_id in _shapes()))
         raise ModelUnavailableError(
             f"{name!r} is not a model whose shapes are known here ({known}), nor a folder, and its config.json cannot "
             f"be had from the hub: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _read_folder(folder: Path) -> PreTrainedConfig:
+    wanted = "give the folder that model.save_pretrained(folder) wrote"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: {wanted}")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"transformers cannot read {folder / 'config.json'} ({said}): {wanted}") from error
 
 
 def _known(name: str) -> dict[str, Any] | None:

@@ -334,7 +334,12 @@ class _Watch:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return a model's stack of layers."""
+    """Return a model's stack of layers. Raises ValueError if it has none."""
     depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    if not stacks:
+        raise ValueError(
+            f"this {type(model).__name__} has no stack of {depth} layers, and what is priced are decoders with their "
+            "num_hidden_layers in one list: price a model of its size that known_models() names"
+        )
     return stacks[0]

@@ -1,6 +1,7 @@
 """The folder in which models wait, and how a new one gets there: whole, or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -91,6 +92,12 @@ def note_origin(folder: Path, origin: str, weights: str) -> None:
     """Write down where the weights in a folder come from, and what they are (it ends "The weights are …")."""
     note = json.dumps({"from": origin, "weights": weights}, indent=2)
     (folder / ORIGIN).write_text(note + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -4,7 +4,6 @@ From "package", its weights come in a Python package, through pip and whatever i
 GGUF file in the Q4_1 format, which is de-quantised here. From "hub", they are the original ones.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -27,6 +26,7 @@ from refkl_lib.models.cache import (
     cache_folder,
     flush,
     note_origin,
+    sha256_of,
     write_model,
 )
 from refkl_lib.models.hub import download_from_hub
@@ -94,7 +94,7 @@ def _downloads() -> Path:
 def _gguf_file() -> Path:
     """Return the GGUF file, checked; it is downloaded unless an earlier fetch left it complete."""
     target = _downloads() / GGUF
-    if target.is_file() and _sha256(target) == GGUF_SHA256:
+    if target.is_file() and sha256_of(target) == GGUF_SHA256:
         return target
     # Whoever builds smollm2 is alone, so what lies here was left by a fetch that died.
     shutil.rmtree(_downloads(), ignore_errors=True)
@@ -152,15 +152,10 @@ def _unpack(wheel: Path) -> Path:
             f"the download of {PACKAGE} is damaged ({error}) and was thrown away: fetch again, "
             "and if it stays so, run first: python -m pip cache purge"
         ) from error
-    found = _sha256(target)
+    found = sha256_of(target)
     if found != GGUF_SHA256:
         raise ModelUnavailableError(
             f"{GGUF} in the download of {PACKAGE} has the SHA-256 {found} where {GGUF_SHA256} is expected, "
             "so it was thrown away: check the index that pip uses, or fetch with --from hub"
         )
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

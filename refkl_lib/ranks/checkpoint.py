@@ -5,12 +5,12 @@ the weights' values are rank 0's, while names, shapes and configuration are each
 goes unnoticed, or lets a rank compute another KL, or kills it in the first message of a wrong size.
 """
 
-import hashlib
 from pathlib import Path
 
 from torch import distributed
 
 from refkl_lib.models import model_folder
+from refkl_lib.models.cache import sha256_of
 from refkl_lib.models.load import Source
 
 READ = (".json", ".safetensors")  # the files that a model and its tokenizer are made from
@@ -34,9 +34,4 @@ def check_same_checkpoint(source: Source) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.suffix in READ}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix in READ}

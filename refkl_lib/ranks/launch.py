@@ -1,6 +1,6 @@
 """Start real ranks: the DeepSpeed launcher, from a notebook or a program.
 
-    run = launch_zero3(ranks=2, model="smollm2", lora_rank=8, on_event=print)
+    run = launch_zero3(ranks=2, model="smollm2", lora_rank=8, on_event=print_event)
     run              # a line for each rank: bytes by owner, KL of each step
     run.command      # what was run; paste it into a terminal
 
@@ -26,6 +26,7 @@ from refkl_lib.ranks.job import Job, RankError
 from refkl_lib.ranks.run import RankReport, ZeRO3Run, put_together
 from refkl_lib.ranks.save import check_folder
 from refkl_lib.reference.zero3 import Offload, reference_config
+from refkl_lib.step import checked_beta
 from refkl_lib.text import sample_batch
 from refkl_lib.units import MIB
 
@@ -78,6 +79,7 @@ def launch_zero3(
     check_system()
     _check_counts(ranks=ranks, steps=steps, lora_rank=lora_rank, timeout=timeout)
     _check_reference(reference, lora_rank, offload, nvme_path)
+    _check_training(seq, beta)
     sample_batch(model, batch, seq)  # what cannot work had better fail here than in every rank
     settings = {"model": model, "steps": steps, "batch": batch, "seq": seq, "beta": beta}
     settings |= {"learning_rate": learning_rate, "seed": seed, "lora_rank": lora_rank}
@@ -231,6 +233,12 @@ def _checked_folder(save_to: str | os.PathLike[str], lora_rank: int | None) -> P
             "(lora_rank=None), or leave save_to out"
         )
     return check_folder(save_to)
+
+
+def _check_training(seq: int, beta: float) -> None:
+    if seq < 2:
+        raise ValueError(f"seq is {seq}, but must be at least 2: a token, and the one that follows it")
+    checked_beta(beta)
 
 
 def _check_counts(**counts: Any) -> None:

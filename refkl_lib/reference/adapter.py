@@ -144,7 +144,14 @@ def add_lora(model: nn.Module, rank: int = 16, targets: str | list[str] = "all-l
 
 
 def copy_adapter(policy: PeftModel, name: str = "ref") -> None:
-    """Add a frozen copy of the policy's active adapter under `name`; the active one stays active."""
+    """Add a frozen copy of the policy's active adapter under `name`; the active one stays active.
+
+    Raises TypeError if `policy` is not a PEFT model, ValueError if it has an adapter of that name.
+    """
+    if not isinstance(policy, PeftModel):
+        raise TypeError(f"policy is a {type(policy).__name__}, which has no adapter: attach one with add_lora(model)")
+    if name in policy.peft_config:
+        raise ValueError(f"the policy has an adapter {name!r} already: give the copy another name")
     weights = {key: w.clone() for key, w in get_peft_model_state_dict(policy).items()}
     # Initialised plainly: a PiSSA initialisation, say, would move the base weight a second time.
     config = replace(policy.active_peft_config, init_lora_weights=True)

@@ -252,7 +252,10 @@ def _fill(
             shard = {}
     _write_shard(folder, shard)
     if missing:
-        raise ValueError(f"batches came to an end without {len(missing)} of the sequences they had the first time")
+        raise ValueError(
+            f"batches came to an end without {len(missing)} of the sequences they had the first time: give a list, or "
+            "what yields the same ones each time"
+        )
 
 
 def _log_probs(
@@ -267,7 +270,10 @@ def _log_probs(
     values = reference.log_probs(**inputs).float().cpu()
     found = {name: line[r.start : r.end - 1].clone() for line, (name, (_, r)) in zip(values, rows.items(), strict=True)}
     if any(bool(torch.isnan(log_probs).any()) for log_probs in found.values()):
-        raise ValueError("the model gives NaN as log-probs of these batches, so nothing is written down: is it broken?")
+        raise ValueError(
+            "the model gives NaN as log-probs of these batches, so nothing is written down: look for NaN in its "
+            "weights, or an overflow in float16"
+        )
     return found
 
 

@@ -82,7 +82,9 @@ def verify_reference(
     passes agree (no dropout), a pass carries no gradient and leaves the policy as it was: modes, flags and, where it
     is not partitioned, every bit of its weights. Of a reference that knows log-probs alone the same is checked by
     these; what they cannot tell is in the report as `unchecked`. Under ZeRO-3 every rank must call this.
+    Raises ValueError if no token that counts follows another in the batch: there would be nothing to compare.
     """
+    _check_batch(batch["attention_mask"])
     state = _state(policy)  # before any pass, for one is enough to change it
     difference, kl, findings = _distance(policy, reference, batch)
     if since is None and difference is not None:
@@ -95,6 +97,14 @@ def verify_reference(
     findings += _changes(state, _state(policy))
     unchecked = () if reference.has_logits else UNCHECKED
     return ReferenceReport(reference.strategy, difference, kl, fingerprint, tuple(findings), unchecked)
+
+
+def _check_batch(mask: Tensor) -> None:
+    if not bool(_follows(mask).any()):
+        raise ValueError(
+            f"in a batch of shape {tuple(mask.shape)} no token that counts follows another, so there is nothing to "
+            "compare: give sequences of two tokens or more, and a mask that is 1 where a token counts"
+        )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refkl_lib.reference.base import Reference
 from refkl_lib.reference.mix import check_alpha
+from refkl_lib.step import checked_beta
 
 Penalty = Literal["k1", "k2", "k3", "exact"]
 Place = Literal["loss", "reward"]
@@ -46,13 +47,6 @@ def check_run(run: Any) -> None:
     if run.sync_every and run.reference.strategy == "adapter" and (run.alpha != 1 or not run.reference.held()):
         run.reference.sync(run.policy, run.alpha)  # it says why it cannot, now and not after many iterations
     checked_beta(run.beta)
-
-
-def checked_beta(beta: float) -> float:
-    """Return beta. Raises ValueError unless it is a finite number, 0 or more."""
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta is {beta}, but must be 0 (no leash) or more, and finite: the price of a nat")
-    return beta
 
 
 def checked_reward(reward: Any, text: str) -> float:

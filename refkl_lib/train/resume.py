@@ -19,7 +19,8 @@ State = dict[str, Any]
 def write_checkpoint(file: str | Path, state: State) -> None:
     """Write `state` (tensors, numbers, texts, and lists and dictionaries of these) to a file, whole or not at all.
 
-    A file of that name is replaced when the new one is on disk, never before.
+    A file of that name is replaced when the new one is on disk, never before. Raises ValueError if its folder does not
+    exist.
     """
     target = Path(file)
     if not target.parent.is_dir():
@@ -53,7 +54,8 @@ def read_checkpoint(file: str | Path, like: State) -> State:
     if _shapes(weights) != _shapes(like["weights"]):
         odd = sorted(name for name, _ in _shapes(weights).items() ^ _shapes(like["weights"]).items())
         raise ValueError(
-            f"{file} is of a training of other weights: they differ in {odd[0]!r} ({len(set(odd))} in all)"
+            f"{file} is of a training of other weights: they differ in {odd[0]!r} ({len(set(odd))} in all). Make the "
+            "run with the same model and adapter, then load"
         )
     return state
 

@@ -30,8 +30,9 @@ from refkl_lib.kl.estimators import importance_weights, kl_loss
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.log_probs import token_log_probs
 from refkl_lib.reference.base import Reference
+from refkl_lib.step import checked_beta
 from refkl_lib.tensors import tensors_of
-from refkl_lib.train.checks import Penalty, Place, check_run, checked_beta, checked_reward
+from refkl_lib.train.checks import Penalty, Place, check_run, checked_reward
 from refkl_lib.train.resume import dice, read_checkpoint, unbroken, write_checkpoint
 from refkl_lib.train.texts import Texts, write_texts
 
@@ -158,13 +159,17 @@ class TrainRun:
         return record
 
     def save(self, file: str | Path) -> None:
-        """Write to one file, whole or not at all, what `load` needs: all that has moved, and the history."""
+        """Write to one file, whole or not at all, what `load` needs: all that has moved, and the history.
+
+        Raises ValueError if the file's folder does not exist.
+        """
         write_checkpoint(file, self._state())
 
     def load(self, file: str | Path) -> Self:
         """Go back to what was saved. What followed then follows again, as each iteration has dice of its own.
 
-        Raises ValueError, before anything changes, if the file is of other settings or weights, or no checkpoint.
+        Raises FileNotFoundError if there is no such file, ValueError if it is of other settings or weights, or no
+        checkpoint; then nothing has changed.
         """
         here = self._state()
         saved = read_checkpoint(file, like=here)

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from refkl_lib.view.panel import OWNER_STYLES, Picture
+from refkl_lib.view.panel import OWNER_STYLES, Picture, plain
 
 FROZEN, TRAINS, OFF, INK = OWNER_STYLES["reference"][0], OWNER_STYLES["policy"][0], "#AAAAAA", "#333333"
 SWITCH_ALT = (
@@ -61,8 +61,7 @@ def kl_dots_figure(kls: Mapping[str, float], title: str) -> Figure:
     axes.set_yticks(range(len(kls)), list(kls))
     axes.set_xlabel("nats per token, on a logarithmic scale")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)
+    plain(axes)
     return figure
 
 

@@ -72,9 +72,9 @@ def _row(row: Finding) -> str:
     claim, (sign, color, line) = row.claim, LOOKS[row.verdict]
     border = f"border-left:4px {'solid' if line == '-' else 'dashed' if line == '--' else 'dotted'} {color}"
     verdict = f'<span style="{border};padding-left:6px"><span aria-hidden="true">{sign}</span> {row.verdict}</span>'
-    lesson = f'<a href="{escape(claim.lesson)}">{claim.lesson.partition(".")[0]}</a>'
+    lesson = f'<a href="{escape(claim.lesson)}" style="white-space:nowrap">{claim.lesson.partition(".")[0]}</a>'
     texts = (escape(claim.says), verdict, escape(row.number), lesson)
-    cells = "".join(f'<td style="{CELL}">{text}</td>' for text in texts)
+    cells = "".join(f'<td style="{CELL};overflow-wrap:anywhere">{text}</td>' for text in texts)
     return f'<tr><th scope="row" style="{CELL}">{claim.id}</th>{cells}</tr>'
 
 

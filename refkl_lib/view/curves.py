@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from refkl_lib.view.panel import Picture
+from refkl_lib.view.panel import Picture, plain
 
 # Okabe and Ito's colours, each with a line and a marker of its own: colour is never the only carrier.
 STYLES = (("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"))
@@ -26,8 +26,7 @@ def curves_figure(lines: Mapping[str, Sequence[float]], ylabel: str, title: str,
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)
+    plain(axes)
     return figure
 
 

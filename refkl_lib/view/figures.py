@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from refkl_lib.comparison import StrategyRun
 from refkl_lib.memory.ledger import OWNERS
 from refkl_lib.units import MIB, show_bytes
-from refkl_lib.view.panel import OWNER_STYLES
+from refkl_lib.view.panel import OWNER_STYLES, plain
 
 OTHER = ("#56B4E9", "\\\\")
 Timeline = Sequence[tuple[float, Mapping[str, int]]]
@@ -35,7 +35,7 @@ def timeline_figure(timeline: Timeline, peak: Mapping[str, int]) -> Figure:
     axes.set_title(f"peak {show_bytes(total)}", loc="left", fontsize=10)
     if owners:
         _legend(axes, title="at the peak", reverse=True)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -58,7 +58,7 @@ def runs_figure(runs: Sequence[StrategyRun]) -> Figure:
         _legend(axes)
     else:
         axes.text(0.5, 0.5, "no run yet", transform=axes.transAxes, ha="center", color="#555555")
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -87,8 +87,3 @@ def _legend(axes: Axes, title: str | None = None, reverse: bool = False) -> None
         title_fontsize=8.5,
         handlelength=1.6,
     )
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from refkl_lib.kl.exact import exact_kl
-from refkl_lib.view.panel import Panel, Picture, image_html, message
-from refkl_lib.view.slider import Slider
+from refkl_lib.view.choice import Slider
+from refkl_lib.view.panel import Panel, Picture, image_html, message, plain
 
 POLICY, REFERENCE = "#0072B2", "#E69F00"
 ESTIMATOR_STYLES = {"k1": ("#0072B2", "-"), "k2": ("#E69F00", "--"), "k3": ("#009E73", "-.")}
@@ -104,7 +104,7 @@ def _draw_peaks(axes: Axes, mean: float, width: float) -> None:
     axes.plot(words, policy, color=POLICY, linewidth=2, label="policy")
     axes.set(xlabel="words, on a line", ylabel="probability", ylim=(0, max(policy.max(), reference.max()) * 1.3))
     axes.legend(frameon=False, fontsize=8.5, loc="upper left", ncols=2)
-    _plain(axes)
+    plain(axes)
 
 
 def _draw_directions(axes: Axes, mean: float, width: float) -> None:
@@ -117,7 +117,7 @@ def _draw_directions(axes: Axes, mean: float, width: float) -> None:
     axes.set(xlabel="mean of the policy", ylabel="nats", yscale="log", ylim=(0.05, 200))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=8.5, loc="upper center")
-    _plain(axes)
+    plain(axes)
 
 
 # By samples
@@ -142,7 +142,7 @@ def running_means_figure(estimates: Mapping[str, Tensor], exact: float) -> Figur
     axes.text(1.01, exact, f"exact {exact:.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
     axes.set(xscale="log", xlabel="samples", ylabel="mean so far, nats", xlim=(1, None))
     axes.legend(title="mean of all", frameon=False, fontsize=8.5, title_fontsize=8.5)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -157,8 +157,3 @@ def running_means_of(samples: Tensor) -> tuple[list[int], list[float]]:
     counts = torch.logspace(0, last, 200, dtype=torch.float64).round().long().unique()
     means = samples.double().cumsum(0)[counts - 1] / counts
     return counts.tolist(), means.tolist()
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)

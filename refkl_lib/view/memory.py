@@ -3,7 +3,7 @@
 with MemoryPanel() as panel:
     policy = panel.own("policy", load_model("smollm2"))
     reference = create_reference(policy, "clone")
-    panel.own("reference", reference.model)
+    panel.own("reference", reference)
 """
 
 import threading
@@ -29,11 +29,14 @@ class MemoryPanel:
 
     It holds a `MemoryLedger` (`panel.ledger`), which it enters and leaves with the block. The readout is
     written `rate` times a second by a thread of its own, which ends with the block, whatever ends that.
+    Raises ValueError if `rate` is not positive.
     """
 
     alt = "Bytes that lived while the cell ran, by owner, over time; the peak is marked and broken down."
 
     def __init__(self, rate: float = 3.0) -> None:
+        if not rate > 0:
+            raise ValueError(f"rate is {rate}, but must be more than 0: how often a second the readout is written")
         self.ledger = MemoryLedger()
         self.widget = widgets.HTML(layout=widgets.Layout(height="300px", width="100%"))
         self._pause = 1 / rate

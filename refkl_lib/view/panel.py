@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any
 
 import ipywidgets as widgets
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito, told apart by colour-blind eyes; the hatches tell them apart in print.
@@ -85,6 +86,12 @@ def hide(readout: widgets.DOMWidget) -> None:
     It is not closed: a notebook that is opened again would say in its place that a widget was not found.
     """
     readout.layout.display = "none"
+
+
+def plain(axes: Axes) -> None:
+    """Leave out what a picture's axes do not need: the lines above and at the right, and large numbers."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8.5)
 
 
 def png(figure: Figure) -> bytes:

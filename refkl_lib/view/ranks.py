@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from refkl_lib.ranks.events import Event, describe
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.figures import OTHER, Timeline
-from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, hide, static_face
+from refkl_lib.view.panel import OWNER_STYLES, Live, MimeBundle, hide, plain, static_face
 
 PAUSE = 0.25  # seconds between two writes: four a second are as many as an eye follows
 
@@ -25,11 +25,14 @@ class RanksPanel:
     """A bar for each rank that is live inside its `with` block, and leaves a picture behind.
 
     `hear` takes the events of `launch_zero3`. It is called by whoever waits for the job, so there is no thread.
+    Raises ValueError for fewer ranks than one.
     """
 
     alt = "Bytes that lived on each rank while the job ran, by owner, over time; each rank's peak is written beside it."
 
     def __init__(self, ranks: int = 2) -> None:
+        if ranks < 1:
+            raise ValueError(f"ranks is {ranks}, but must be at least 1")
         self.timelines: dict[int, list[tuple[float, dict[str, int]]]] = {rank: [] for rank in range(ranks)}
         self.peaks: dict[int, dict[str, int]] = {rank: {} for rank in range(ranks)}
         self._said = dict.fromkeys(range(ranks), "not started yet")
@@ -46,8 +49,13 @@ class RanksPanel:
         display(self)
 
     def hear(self, event: Event) -> None:
-        """Take in one event, and show it: at once, or with the next one if the last was shown just now."""
+        """Take in one event, and show it: at once, or with the next one if the last was shown just now.
+
+        Raises ValueError for an event of a rank that has no bar.
+        """
         rank = event["rank"]
+        if rank not in self.timelines:
+            raise ValueError(f"rank {rank} has no bar here: make the panel for all of the job's, RanksPanel(ranks=…)")
         self._first = event["at"] if self._first is None else self._first
         if event["event"] == "memory":
             self._measured(rank, event["at"] - self._first, event["owners"])
@@ -84,8 +92,7 @@ def ranks_figure(timelines: Mapping[int, Timeline], peaks: Mapping[int, Mapping[
         _draw(axes, timeline, owners)
         axes.set_title(f"rank {rank}: peak {show_bytes(sum(peaks[rank].values()))}", loc="left", fontsize=9)
         axes.set_ylabel("MiB", fontsize=8.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8.5)
+        plain(axes)
     strips[-1].set_xlabel("seconds since the first rank started")
     if areas := strips[0].get_legend_handles_labels()[0]:
         figure.legend(areas, owners, loc="outside right center", frameon=False, fontsize=8.5, reverse=True)

@@ -12,12 +12,12 @@ from refkl_lib.comparison import StrategyRun, price_strategy, run_strategy
 from refkl_lib.ranks.events import describe
 from refkl_lib.reference import STRATEGIES
 from refkl_lib.units import show_bytes
+from refkl_lib.view.choice import Menu, Radios, named
 from refkl_lib.view.figures import runs_figure
 from refkl_lib.view.panel import Panel, button, image_html, message
 
 RANKS = [("4", 4), ("8", 8), ("16", 16), ("32", 32), ("none: train all weights", None)]
 CHOICES = ("model", "lora_rank", "batch", "seq", "ranks")
-LABEL = {"description_width": "76px"}
 HEADER = ("run", "batch × seq", "reference holds", "peak", "KL at each step", "step", "reference's pass")
 
 
@@ -32,17 +32,12 @@ class StrategyPanel(Panel):
 
     def __init__(self, model: str = "smollm2", runs: Sequence[StrategyRun] = ()) -> None:
         self.runs = list(runs)
-        self.strategy = widgets.ToggleButtons(
-            options=STRATEGIES,
-            description="strategy",
-            style={"button_width": "110px", **LABEL},
-            layout=widgets.Layout(width="auto"),
-        )
-        self.lora_rank = dropdown("LoRA rank", RANKS, 8, "270px")
-        self.model = dropdown("model", sorted({"pocket", "smollm2", model}), model, "200px")
-        self.ranks = dropdown("ranks", [("1 (zero3)", 1), ("2 (zero3)", 2), ("4 (zero3)", 4)], 2, "190px")
-        self.batch = dropdown("batch", [1, 2, 4], 1, "140px")
-        self.seq = dropdown("sequence", [32, 64, 128, 256], 64, "160px")
+        self.strategy = Radios("strategy", named(*STRATEGIES), STRATEGIES[0])
+        self.lora_rank = Menu("LoRA rank", RANKS, 8)
+        self.model = Menu("model", named(*sorted({"pocket", "smollm2", model})), model)
+        self.ranks = Menu("ranks", [("1 (zero3)", 1), ("2 (zero3)", 2), ("4 (zero3)", 4)], 2)
+        self.batch = Menu("batch", named(1, 2, 4), 1)
+        self.seq = Menu("sequence", named(32, 64, 128, 256), 64)
         self.status = widgets.HTML()
         self.table = widgets.HTML()
         self.picture = widgets.HTML()
@@ -104,13 +99,6 @@ class StrategyPanel(Panel):
             ],
             layout=widgets.Layout(max_width="960px"),
         )
-
-
-def dropdown(label: str, options: Sequence[Any], value: Any, width: str) -> widgets.Dropdown:
-    """Return a labelled choice of one of `options`."""
-    return widgets.Dropdown(
-        options=options, value=value, description=label, style=LABEL, layout=widgets.Layout(width=width)
-    )
 
 
 def runs_html(runs: Sequence[StrategyRun]) -> str:

@@ -19,8 +19,8 @@ from refkl_lib.kl.estimators import estimate_kl
 from refkl_lib.kl.exact import exact_kl
 from refkl_lib.kl.log_probs import token_log_probs
 from refkl_lib.reference.base import Reference
+from refkl_lib.view.choice import Menu, Radios, Slider, named
 from refkl_lib.view.panel import Panel
-from refkl_lib.view.slider import Slider
 from refkl_lib.view.strip import kl_strip_figure, visible
 
 DIRECTIONS = ("KL(policy‖reference)", "KL(reference‖policy)")
@@ -94,12 +94,9 @@ class KLPanel(Panel):
         self, policy: nn.Module, reference: Reference, tokenizer: Any, inputs: Mapping[str, Tensor], place: int = 0
     ) -> None:
         self.text = TokenByToken.of(policy, reference, tokenizer, inputs)
-        self.direction = widgets.ToggleButtons(options=DIRECTIONS, style={"button_width": "180px"})
-        self.measure = widgets.Dropdown(
-            options=[("exact", "exact"), *((f"{name}, an estimate", name) for name in get_args(Measure)[1:])],
-            description="measure",
-            layout=widgets.Layout(width="250px"),
-        )
+        self.direction = Radios("direction", named(*DIRECTIONS), DIRECTIONS[0])
+        estimates = ((f"{name}, an estimate", name) for name in get_args(Measure)[1:])
+        self.measure = Menu("measure", [*named("exact"), *estimates], "exact")
         steps = [(f"{at} {visible(token)}", at) for at, token in enumerate(self.text.tokens)]
         self.place = Slider("token", steps, place)
         self.strip, self.detail = widgets.HTML(), widgets.HTML(layout=widgets.Layout(min_height="190px"))

@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 from refkl_lib.memory.ledger import MemoryLedger
 from refkl_lib.train.run import Record, TrainRun
+from refkl_lib.view.choice import Menu, Slider, named
 from refkl_lib.view.panel import Live, Panel, Picture, button, hide, message
-from refkl_lib.view.slider import Slider
-from refkl_lib.view.strategy import dropdown
 from refkl_lib.view.train_figures import Peak, readout_html, train_figure
 
 THREAD = "TrainPanel"
@@ -50,8 +49,8 @@ class TrainPanel(Panel):
         self.iterations = iterations
         self.run: TrainRun | None = None
         self.peaks: list[Peak] = []
-        self.strategy = dropdown("reference", ["adapter", "clone"], strategy, "190px")
-        self.sync_every = dropdown("sync it", SYNCS, sync_every, "230px")
+        self.strategy = Menu("reference", named("adapter", "clone"), strategy)
+        self.sync_every = Menu("sync it", SYNCS, sync_every)
         self.beta = Slider("beta", [(f"{step:g}", step) for step in sorted({*BETAS, beta})], beta)
         self.beta.observe(self._move_beta, "value")
         self.buttons = [

@@ -12,7 +12,7 @@ from refkl_lib.train.run import Record
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.curves import STYLES
 from refkl_lib.view.figures import OTHER
-from refkl_lib.view.panel import OWNER_STYLES, Picture
+from refkl_lib.view.panel import OWNER_STYLES, Picture, plain
 from refkl_lib.view.strip import visible
 
 CURVES = {"reward": "mean reward of a text", "kl": "KL, nats a text", "loss": "loss"}
@@ -51,7 +51,7 @@ def train_figure(history: Sequence[Record], peaks: Sequence[Peak] = ()) -> Figur
     for axes, (name, label), style in zip(places, CURVES.items(), STYLES, strict=False):
         color, line, marker = style
         axes.plot([getattr(record, name) for record in history], line, marker=marker, markersize=3.5, color=color)
-        _plain(axes, label)
+        _with_label(axes, label)
     _draw_memory(places[3], peaks)
     for axes in places[2:]:
         axes.set_xlabel("iteration", fontsize=8.5)
@@ -74,7 +74,7 @@ def frontier_figure(runs: Mapping[str, Sequence[Record]], mean_of: int = 3) -> F
         axes.plot(kl, reward, line, color=color, linewidth=1.2)
         axes.plot(kl[-1:], reward[-1:], marker, color=color, markersize=8, label=name)
         axes.annotate(name, (kl[-1], reward[-1]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5)
-    _plain(axes, CURVES["reward"])
+    _with_label(axes, CURVES["reward"])
     axes.set_xlabel("KL(policy‖reference), nats a text")
     axes.set_title("What the reward costs: each line is a training, its mark the end", loc="left", fontsize=10)
     axes.margins(x=0.15)
@@ -98,15 +98,14 @@ def _draw_memory(axes: Axes, peaks: Sequence[Peak]) -> None:
     areas = axes.stackplot(range(len(peaks)), rows, colors=[color for color, _ in styles], linewidth=0) if rows else []
     for area, owner, (_, hatch) in zip(areas, owners, styles, strict=True):
         area.set(hatch=hatch, edgecolor="white", label=owner)
-    _plain(axes, "MiB at the peak")
+    _with_label(axes, "MiB at the peak")
     if owners:
         axes.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), reverse=True)
 
 
-def _plain(axes: Axes, label: str) -> None:
+def _with_label(axes: Axes, label: str) -> None:
     axes.set_ylabel(label, fontsize=8.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8.5)
+    plain(axes)
 
 
 def _samples(history: Sequence[Record]) -> str:

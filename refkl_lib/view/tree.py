@@ -14,8 +14,8 @@ from refkl_lib.advisor.advise import Advice, advise
 from refkl_lib.advisor.tree import FIRST, LADDERS, NOTHING, Answer
 from refkl_lib.memory.shapes import known_models
 from refkl_lib.units import GIB
+from refkl_lib.view.choice import Slider
 from refkl_lib.view.panel import Panel, Picture, button, image_html, message
-from refkl_lib.view.slider import Slider
 
 Point = tuple[float, float]
 Style = Mapping[str, Any]

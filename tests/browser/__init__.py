@@ -1,0 +1,1 @@
+"""Every notebook in a real JupyterLab, in a real browser, as a learner uses it."""

@@ -1,0 +1,41 @@
+"""Sliders, a prediction and an exercise that are answered, and a notebook that is found again as it was left."""
+
+import re
+
+from playwright.sync_api import Page, expect
+from solved import solve
+
+from .notebook import SECOND, Light, Notebook, controls_of, end_kernels, outputs, try_setting, typed
+
+
+class TestKl(Light, Notebook):
+    name = "05_kl.ipynb"
+    controls = ("slider mean", "slider width")
+
+    def test_each_slider_changes_the_numbers_and_the_picture(self, page: Page) -> None:
+        [panel] = filter(controls_of, outputs(page))
+        for slider in self.controls:
+            for part in ("[role=status]", "img"):
+                try_setting(panel, slider, part)
+
+    def test_a_prediction_is_typed_and_revealed(self, page: Page) -> None:
+        place, source = self.cell('predict("05.share-of-five"')
+        expect(typed(page, place, source.replace("...", "50"))).to_contain_text("05.share-of-five: your guess is 50.")
+        expect(typed(page, *self.cell('reveal("05.share-of-five"'))).to_contain_text("measured / guess")
+
+    def test_a_solution_is_typed_and_progress_is_a_picture(self, page: Page) -> None:
+        place, source = self.cell('check("05.k3"')
+        expect(typed(page, place, solve(source))).to_contain_text("05.k3: solved.")
+        shown = typed(page, place, "from refkl_lib import progress\n\nprogress()").get_by_role("img")
+        expect(shown).to_have_accessible_name(re.compile("^Predictions: 1 of .* Exercises: 1 of .* solved"))
+
+    def test_it_is_found_again_as_it_was_left(self, page: Page, lab: str) -> None:
+        pictures = page.locator(".jp-OutputArea-output img").count()
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(2 * SECOND)
+        end_kernels(page.context.request, lab)  # as if it were another day
+        page.reload()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)
+        expect(page.locator(".jp-OutputArea-output img")).to_have_count(pictures, timeout=60 * SECOND)
+        expect(page.get_by_role("slider")).to_have_count(len(self.controls))
+        expect(page.get_by_text("Error displaying widget")).to_have_count(0)
