@@ -10,14 +10,13 @@ from conftest import OFFLINE
 
 from refkl_lib import Advice, advise, known_models, price
 from refkl_lib.advisor import ways
-from refkl_lib.advisor.advise import WIDTH
 from refkl_lib.advisor.article import AMPLE, LARGE, rule_for
 from refkl_lib.advisor.changes import KINDS
 from refkl_lib.advisor.tree import FIRST, LADDERS, step_of, walk
 from refkl_lib.advisor.ways import WAYS, Option, Run
 from refkl_lib.memory.shapes import _shapes, config_of
 from refkl_lib.reference import STRATEGIES
-from refkl_lib.units import GIB, MIB
+from refkl_lib.units import GIB, MIB, WIDTH
 
 MODEL = "Qwen2.5-0.5B"
 FULL, LORA = {"lora_rank": None}, {"lora_rank": 16}

@@ -18,6 +18,7 @@ from refkl_lib import check, hint, solution
 from refkl_lib.lessons import adapter, capstone, choose, clone, course, probes, timeout, why, zero3
 from refkl_lib.lessons import check as check_module
 from refkl_lib.lessons.kl import k3, masked_mean, penalised_reward, token_kl
+from refkl_lib.units import WIDTH
 
 SPECS = {spec.id: spec for spec in course.exercises().values()}
 MISTAKES = [
@@ -271,6 +272,13 @@ def test_a_mistake_is_called_by_its_name(spec, mistake):
         f"{spec.id}: this looks like {mistake.says}.\n"
         f"  Look at line {mistake.line} of the idea: {spec.idea[mistake.line - 1]}"
     )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_said_of_a_stub_fits_a_narrow_window(name):
+    verdict = check(name, ...)
+    assert max(map(len, repr(verdict).splitlines())) <= WIDTH
+    assert repr(verdict).split() == verdict.message.split()
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -6,7 +6,6 @@ advice.recommended     # "zero3", say; None if nothing fits
 advice.bills["clone"]  # what another way would cost
 """
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +19,7 @@ from refkl_lib.memory.bill import Bill
 from refkl_lib.memory.optimizers import OptimizerName
 from refkl_lib.memory.shapes import Model
 from refkl_lib.memory.trace import Attention, Precision
-from refkl_lib.units import MIB, show_bytes
-
-WIDTH = 88  # characters in a line, what a notebook shows of a window 800 pixels wide
+from refkl_lib.units import MIB, folded, show_bytes
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,11 +86,11 @@ class Advice:
 
     def __repr__(self) -> str:
         """Return the bills as a table, the path, the reason, what would change it, and what the article says."""
-        parts = [self._title(), self._table(), self._path(), _wrapped(self.reason)]
+        parts = [self._title(), self._table(), self._path(), folded(self.reason)]
         if self.changes:
-            parts.append("\n".join(["What would change it:", *(_wrapped(f"- {change}") for change in self.changes)]))
+            parts.append("\n".join(["What would change it:", *(folded(f"- {change}") for change in self.changes)]))
         if self.differs:
-            parts.append(_wrapped(f"The article: {self.rule}."))
+            parts.append(folded(f"The article: {self.rule}."))
         return "\n\n".join(parts)
 
     @property
@@ -117,11 +114,7 @@ class Advice:
         )
 
     def _path(self) -> str:
-        return "\n".join(_wrapped(f"{number}. {answer}") for number, answer in enumerate(self.path, 1))
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="   ")
+        return "\n".join(folded(f"{number}. {answer}") for number, answer in enumerate(self.path, 1))
 
 
 def _left(option: Option) -> int:

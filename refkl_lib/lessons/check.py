@@ -19,6 +19,7 @@ from refkl_lib.lessons import store
 from refkl_lib.lessons.course import find
 from refkl_lib.lessons.exercise import Case, Exercise, Function, Mistake, WrongFormError
 from refkl_lib.lessons.timeout import OutOfTimeError, within
+from refkl_lib.units import folded
 
 SECONDS = 5.0
 _HERE = Path(__file__).parent
@@ -33,7 +34,7 @@ class Verdict:
     message: str
 
     def __repr__(self) -> str:
-        return self.message
+        return "\n".join(map(folded, self.message.splitlines()))
 
 
 class _Unanswered(Exception):
