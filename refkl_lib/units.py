@@ -12,9 +12,9 @@ def show_bytes(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
-def folded(line: str) -> str:
-    """Return a line as lines of at most `WIDTH` characters, those after the first three further in."""
+def folded(line: str, indent: int = 3) -> str:
+    """Return a line as lines of at most `WIDTH` characters, those after the first `indent` further in."""
     if len(line) <= WIDTH:
         return line
-    indent = len(line) - len(line.lstrip()) + 3
-    return textwrap.fill(line, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+    further_in = " " * (len(line) - len(line.lstrip()) + indent)
+    return textwrap.fill(line, WIDTH, subsequent_indent=further_in, break_on_hyphens=False)

@@ -1,6 +1,7 @@
 """The article under test: every claim has a row and the verdict of its figures, and each can come out otherwise."""
 
 import copy
+import re
 import sys
 from functools import cache
 from html.parser import HTMLParser
@@ -217,7 +218,7 @@ class Cells(HTMLParser):
 def test_the_html_is_a_table_whose_headers_have_a_scope():
     found = Cells(claims_html(table(*THREE)))
     headers = [(attributes["scope"], text) for tag, attributes, text in found.cells if tag == "th"]
-    assert [text for scope, text in headers if scope == "col"] == list(view.HEADER)
+    assert [text for scope, text in headers if scope == "col"] == list(view.COLUMNS)
     assert [text for scope, text in headers if scope == "row"] == ["A1", "A2", "C1"]
     assert [text for scope, text in headers if scope == "rowgroup"] == [f"{key}. {SECTIONS[key]}" for key in "AC"]
     texts = [text for tag, _, text in found.cells if tag == "td"]
@@ -225,10 +226,11 @@ def test_the_html_is_a_table_whose_headers_have_a_scope():
     assert found.links == ["02_full_clone.ipynb#Two-locks"] * 3
 
 
-def test_the_html_breaks_long_words_and_keeps_a_lessons_name_whole():
+def test_the_html_breaks_long_words_and_its_columns_share_the_width():
     html = claims_html(table(*THREE))
     assert html.count("overflow-wrap:anywhere") == html.count("<td")
-    assert html.count('style="white-space:nowrap">02_full_clone</a>') == 3
+    assert "table-layout:fixed" in html
+    assert sum(int(share) for share in re.findall(r'<col style="width:(\d+)%">', html)) == 100
 
 
 def test_the_html_can_be_read_in_both_themes():

@@ -20,7 +20,8 @@ LOOKS: dict[Verdict, tuple[str, str, str]] = {
     CONDITION: ("±", "#E69F00", "--"),
     FAILS: ("✗", "#D55E00", ":"),
 }
-HEADER = ("claim", "the article says", "verdict", "measured here", "lesson")
+# Each column with its share of the width, in percent.
+COLUMNS = {"claim": 6, "the article says": 30, "verdict": 13, "measured here": 34, "lesson": 17}
 CELL = "text-align:left;vertical-align:top;padding:4px 12px 4px 0;border-top:1px solid #8884"
 WIDTH, HEIGHT = 1.5, 0.62  # of a claim's box, in the picture's units
 
@@ -55,24 +56,26 @@ def _ranks_run_here() -> bool:
 
 def claims_html(findings: Findings) -> str:
     """Return findings as an HTML table, with a row for each claim below its section's heading."""
-    head = "".join(f'<th scope="col" style="{CELL}">{text}</th>' for text in HEADER)
+    head = "".join(f'<th scope="col" style="{CELL}">{text}</th>' for text in COLUMNS)
+    shares = "".join(f'<col style="width:{share}%">' for share in COLUMNS.values())
     body = "".join(
-        f'<tbody><tr><th scope="rowgroup" colspan="{len(HEADER)}" style="{CELL}">{letter}. {SECTIONS[letter]}</th></tr>'
-        f"{''.join(map(_row, rows))}</tbody>"
+        f'<tbody><tr><th scope="rowgroup" colspan="{len(COLUMNS)}" style="{CELL}">'
+        f"{letter}. {SECTIONS[letter]}</th></tr>{''.join(map(_row, rows))}</tbody>"
         for letter, rows in groupby(findings.rows, lambda row: row.claim.id[0])
     )
     return (
-        '<table style="border-collapse:collapse;line-height:1.4;max-width:1100px">'
+        '<table style="border-collapse:collapse;line-height:1.4;table-layout:fixed;width:100%;max-width:1100px">'
         f'<caption style="text-align:left;padding-bottom:4px">{findings.summary}</caption>'
-        f"<thead><tr>{head}</tr></thead>{body}</table>"
+        f"<colgroup>{shares}</colgroup><thead><tr>{head}</tr></thead>{body}</table>"
     )
 
 
 def _row(row: Finding) -> str:
     claim, (sign, color, line) = row.claim, LOOKS[row.verdict]
     border = f"border-left:4px {'solid' if line == '-' else 'dashed' if line == '--' else 'dotted'} {color}"
-    verdict = f'<span style="{border};padding-left:6px"><span aria-hidden="true">{sign}</span> {row.verdict}</span>'
-    lesson = f'<a href="{escape(claim.lesson)}" style="white-space:nowrap">{claim.lesson.partition(".")[0]}</a>'
+    words = f'<span aria-hidden="true">{sign}</span> {row.verdict}'
+    verdict = f'<span style="{border};padding-left:6px;display:inline-block">{words}</span>'
+    lesson = f'<a href="{escape(claim.lesson)}">{claim.lesson.partition(".")[0]}</a>'
     texts = (escape(claim.says), verdict, escape(row.number), lesson)
     cells = "".join(f'<td style="{CELL};overflow-wrap:anywhere">{text}</td>' for text in texts)
     return f'<tr><th scope="row" style="{CELL}">{claim.id}</th>{cells}</tr>'

@@ -36,7 +36,7 @@ def train_figure(history: Sequence[Record], peaks: Sequence[Peak] = ()) -> Figur
 
     Without `peaks` there is no memory to see; without a history there is a note that says so.
     """
-    figure = Figure(figsize=(9.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.2, 4.4), layout="constrained")
     if not history:
         figure.text(0.5, 0.5, "no iteration yet", ha="center", color="#555555")
         return figure

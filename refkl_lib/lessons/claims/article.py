@@ -7,6 +7,7 @@ from typing import Self
 
 from refkl_lib.lessons.claims import choosing, cloning, diverging, sharding, switching
 from refkl_lib.lessons.claims.claim import VERDICTS, Claim, Finding, Verdict
+from refkl_lib.units import WIDTH
 
 SECTIONS = {
     "A": "Full fine-tuning: clone the model",
@@ -65,5 +66,5 @@ class Findings:
 
 
 def _lines(row: Finding) -> str:
-    below = textwrap.wrap(f"{row.number} ({row.claim.lesson.partition('.')[0]})", 96)
+    below = textwrap.wrap(f"{row.number} ({row.claim.lesson.partition('.')[0]})", WIDTH)
     return "\n".join([f"{row.claim.id}  {row.verdict:<22}  {row.claim.says}", *(f"    {line}" for line in below)])

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from refkl_lib.units import folded
+
 Verdict = Literal["holds", "holds with a condition", "does not hold"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 HOLDS, CONDITION, FAILS = VERDICTS
@@ -54,7 +56,8 @@ class Finding:
         return self.claim.shows(self.figures)
 
     def __repr__(self) -> str:
-        return f"{self.claim.id}  {self.verdict:<22}  {self.number}"
+        start = f"{self.claim.id}  {self.verdict:<22}  "
+        return folded(start + self.number, indent=len(start))
 
 
 def within(value: float, said: float, tolerance: float = 0.1) -> bool:
