@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -130,6 +131,14 @@ def test_loading_prints_nothing_and_leaves_progress_bars_as_they_were(capfd):
         assert seen == [1]
     finally:
         logging.set_tqdm_hook(None)
+
+
+def test_several_threads_may_load_at_once():
+    with ThreadPoolExecutor(8) as threads:
+        loaded = list(threads.map(load_model, ["pocket"] * 32))
+    loaded.append(load_model("pocket"))
+    assert all(model.lm_head.weight is model.get_input_embeddings().weight for model in loaded)
+    assert not any(weight.is_meta for model in loaded for weight in model.parameters())
 
 
 def test_a_folder_is_loaded_and_its_tokenizer_gets_a_pad_token(tmp_path):

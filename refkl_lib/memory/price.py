@@ -12,7 +12,6 @@ takes seconds. On a CPU, the bill is what a ledger counts of the real step, to t
 
 import copy
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from refkl_lib.memory.optimizers import OPTIMIZERS, OptimizerName
 from refkl_lib.memory.partition import Zero3, kept_whole, optimizer_transient, zero3_of
 from refkl_lib.memory.shapes import Model, config_of
 from refkl_lib.memory.trace import Attention, Precision, Step, Trace, layers_of, model_of, trace
+from refkl_lib.models.load import ONE_AT_A_TIME
 from refkl_lib.step import KLFrom
 from refkl_lib.units import show_bytes
 
@@ -37,7 +37,6 @@ _NOTES = {
     "counted: PyTorch takes pinned memory in blocks of a power of two, up to twice as much",
     "precomputed": "the reference's log-probs are on disk, and the KL is estimated from them (k2)",
 }
-_ONE_AT_A_TIME = threading.RLock()
 
 
 def price(
@@ -90,8 +89,7 @@ def price(
 
 
 def _bill(config: PreTrainedConfig, label: str, settings: dict[str, Any], with_reference: bool = True) -> Bill:
-    # transformers builds a model by changing torch's default dtype, for all threads, and putting back what it was.
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         return _traced_bill(config, label, settings, with_reference)
 
 

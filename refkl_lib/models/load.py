@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from refkl_lib.models.pocket import write_pocket
 from refkl_lib.tensors import is_partitioned
 
 Source = str | os.PathLike[str]
+# While transformers builds a model, it changes torch's default dtype and a method of all models, for every thread, and
+# puts back what it found. Of two threads that do so at once, one could leave them changed for good.
+ONE_AT_A_TIME = threading.RLock()
 
 
 def load_model(
@@ -35,7 +39,7 @@ def load_model(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}, but weights need one like torch.float32 or torch.bfloat16")
     folder = model_folder(source)
-    with without_progress_bars():
+    with ONE_AT_A_TIME, without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
