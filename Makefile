@@ -10,8 +10,8 @@ PYTHON ?= python3 python python3.13 python3.12 python3.11
 LAB_ARGS ?=
 
 # With .venv/bin on the PATH, notebooks and launchers find `deepspeed` and `ninja`, as after `activate`. Threads that
-# wait sleep: by default they keep their processor busy, and every other program on it waits for them.
-RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_WAIT_POLICY="$${OMP_WAIT_POLICY:-PASSIVE}" .venv/bin/python
+# wait soon sleep: by default they keep their processor busy, and every other program on it waits for them.
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" GOMP_SPINCOUNT="$${GOMP_SPINCOUNT:-1000}" .venv/bin/python
 FETCH_MODEL := @test -d "$${REFKL_CACHE:-.cache}/smollm2" || $(RUN) -m refkl_lib.models fetch smollm2
 # Jupyter refuses to run as root unless told; in a container there is often nobody else.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
