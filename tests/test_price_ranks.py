@@ -29,8 +29,8 @@ def test_owners_to_the_byte_and_what_moves_to_a_weight(ranks: int, reference: st
         assert bill.at_rest["gradients"] == report.gradient_bytes
         for owner in ("policy", "reference", "gradients", "optimizer"):
             assert bill.owners[owner] == report.peak[owner]
-        # What is in motion is not told apart: gloo lets go of a gathered weight a moment after DeepSpeed does, late
-        # enough at times to be held beside the next one. Nothing else is off by more than DeepSpeed's own scalars.
+        # What is in motion is not told apart: which moment is the peak differs from run to run, for a gathered weight
+        # may still be held beside the next one. Small weights let go late, and scalars, are not in the bill.
         in_motion = ("activations", "gathered")
         late = sum(report.peak[owner] - bill.owners[owner] for owner in in_motion)
         assert 0 <= late <= largest_weight
