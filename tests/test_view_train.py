@@ -1,19 +1,21 @@
 """TrainPanel: its buttons while a training runs, what it leaves, and that nothing goes on; the numbers in pictures."""
 
+import asyncio
 import base64
 import re
 import signal
 import threading
 import time
+from functools import wraps
 
 import pytest
 import torch
 
 from refkl_lib import TrainPanel, TrainRun, add_lora, create_reference, frontier, load_model, load_tokenizer
 from refkl_lib.memory.ledger import OWNERS
+from refkl_lib.tensors import storage_bytes
 from refkl_lib.train.run import Record
 from refkl_lib.units import MIB
-from refkl_lib.view.train import THREAD
 from refkl_lib.view.train_figures import frontier_figure, readout_html, train_figure
 
 PNG = b"\x89PNG\r\n"
@@ -27,15 +29,15 @@ def make(strategy="adapter", beta=1.0, sync_every=None, reward=len):
     return TrainRun(policy, reference, load_tokenizer("pocket"), ["ab"], reward, **options)
 
 
-def threads():
-    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+def trained(panel):
+    return asyncio.run(panel.train())
 
 
-def until(so):
+async def until(so):
     started = time.monotonic()
     while not so():
         assert time.monotonic() - started < 60
-        time.sleep(0.01)
+        await asyncio.sleep(0.01)
 
 
 def face(thing):
@@ -49,89 +51,159 @@ def endless(**options):
     return TrainPanel(make, iterations=10_000, **options)
 
 
+def in_a_kernel(test):
+    """Run a test as a cell that may await."""
+
+    @wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
 def test_a_training_is_shown_and_is_the_one_without_a_panel():
     panel = TrainPanel(make, iterations=3, beta=0.5)
     before = panel.readout.value
-    run = panel.train()
+    run = trained(panel)
     assert run is panel.run
     assert run.history == make(beta=0.5).train(3).history
     assert panel.readout.value != before
     assert "Done: 3 iterations." in panel.status.value
-    assert len(panel.peaks) == 3
-    assert all(peak["policy"] > 0 and peak["activations"] > 0 for peak in panel.peaks)
-    assert threads() == []
+
+
+def test_memory_is_weighed_in_every_fifth_iteration_from_the_second_on():
+    panel = TrainPanel(make, iterations=8)
+    run = trained(panel)
+    assert [*panel.peaks] == [1, 6]
+    moments = 2 * sum(weight.nbytes for weight in run.trained.values())
+    for peak in panel.peaks.values():
+        assert peak["policy"] == storage_bytes(run.policy)
+        assert peak["activations"] > 0
+        assert moments <= peak["optimizer"] < 1.1 * moments  # and the counters of steps
 
 
 def test_what_is_chosen_is_made():
     panel = TrainPanel(make, iterations=2)
     panel.strategy.value, panel.beta.value, panel.sync_every.value = "clone", 2.0, 1
-    run = panel.train()
+    run = trained(panel)
     assert (run.reference.strategy, run.sync_every, run.history[0].beta) == ("clone", 1, 2.0)
-    assert panel.peaks[0]["reference"] > 0
+    assert panel.peaks[1]["reference"] > 0
 
 
-def test_the_start_button_returns_at_once_and_stop_ends_it():
+@in_a_kernel
+async def test_the_start_button_returns_at_once_and_stop_ends_it():
     panel = endless()
     start, _, stop = panel.buttons
     start.click()
-    assert panel.run is not None
-    until(lambda: len(panel.run.history) > 1)
+    assert panel.run.history == []
+    await until(lambda: len(panel.run.history) > 1)
     stop.click()
-    assert 1 < len(panel.wait().history) < 10_000
-    assert threads() == []
+    assert 1 < len((await panel.wait()).history) < 10_000
 
 
-def test_a_stop_right_after_the_start_is_heard():
+@in_a_kernel
+async def test_a_stop_right_after_the_start_is_heard():
     panel = endless()
     panel.start()
     panel.stop()
-    assert len(panel.wait().history) <= 1
+    assert (await panel.wait()).history == []
 
 
-def test_pause_holds_it_and_pause_again_lets_it_go_on():
+@in_a_kernel
+async def test_pause_holds_it_and_pause_again_lets_it_go_on():
     panel = endless()
     panel.start()
     _, pause, _ = panel.buttons
-    until(lambda: panel.run.history)
+    await until(lambda: panel.run.history)
     pause.click()
-    until(lambda: "Paused: iteration" in panel.status.value)
+    await until(lambda: "Paused: iteration" in panel.status.value)
     held = len(panel.run.history)
-    time.sleep(0.2)
+    await asyncio.sleep(0.2)
     assert len(panel.run.history) == held
     pause.click()
-    until(lambda: len(panel.run.history) > held)
+    await until(lambda: len(panel.run.history) > held)
     pause.click()
     panel.stop()  # a paused training can be stopped
-    panel.wait()
-    assert threads() == []
+    await panel.wait()
 
 
-def test_beta_moves_while_it_runs():
+@in_a_kernel
+async def test_after_a_pause_that_was_stopped_the_next_training_runs():
+    panel = TrainPanel(make, iterations=2)
+    panel.start()
+    panel.pause()
+    panel.stop()
+    await panel.wait()
+    assert len((await panel.train()).history) == 2
+
+
+@in_a_kernel
+async def test_beta_moves_while_it_runs():
     panel = endless(beta=1.0)
     panel.start()
-    until(lambda: panel.run.history)
+    await until(lambda: panel.run.history)
     panel.beta.value = 5.0
-    until(lambda: panel.run.history[-1].beta == 5.0)
+    await until(lambda: panel.run.history[-1].beta == 5.0)
     panel.stop()
-    assert panel.wait().history[0].beta == 1.0
+    assert (await panel.wait()).history[0].beta == 1.0
 
 
-def test_ctrl_c_leaves_nothing_running():
-    panel = endless()
-    panel.start()
-    until(lambda: panel.run.history)
-    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+def interrupting(**chosen):
+    """A run that a Ctrl-C reaches in the midst of its third iteration."""
+    scored = []
+
+    def reward(text):
+        scored.append(text)
+        if len(scored) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return len(text)
+
+    return make(**chosen, reward=reward)
+
+
+@in_a_kernel
+async def test_an_interrupt_ends_the_training_and_is_raised_where_it_is_waited_for():
+    panel = TrainPanel(interrupting, iterations=10_000)
     with pytest.raises(KeyboardInterrupt):
-        panel.wait()
-    until(lambda: threads() == [])
-    assert len(panel.run.history) < 10_000
+        await panel.train()
+    assert len(panel.run.history) == 2
+    assert "Interrupted: 2 iterations." in panel.status.value
 
 
-def test_the_end_of_the_block_ends_the_training(capsys):
+@in_a_kernel
+async def test_an_interrupt_ends_a_training_of_the_start_button_and_nothing_else():
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as an idle kernel does
+    try:
+        panel = TrainPanel(interrupting, iterations=10_000)
+        panel.buttons[0].click()
+        await until(lambda: "Interrupted: 2 iterations." in panel.status.value)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+
+
+@in_a_kernel
+async def test_a_click_that_another_thread_hears_trains_in_the_kernels_own():
+    trained_in = []
+
+    def reward(text):
+        trained_in.append(threading.current_thread())
+        return len(text)
+
+    panel = TrainPanel(lambda **chosen: make(**chosen, reward=reward), iterations=2)
+    await asyncio.to_thread(panel.buttons[0].click)
+    await panel.wait()
+    assert {*trained_in} == {threading.main_thread()}
+
+
+@in_a_kernel
+async def test_the_end_of_the_block_ends_the_training(capsys):
     with endless() as panel:
         panel.start()
-        until(lambda: panel.run.history)
-    assert threads() == []
+        await until(lambda: panel.run.history)
+    ended = len(panel.run.history)
+    await panel.wait()
+    assert len(panel.run.history) == ended
     assert "Live" in capsys.readouterr().out
     assert panel._watched.layout.display == "none"
     assert panel.widget.layout.display is None  # the panel itself can still be shown
@@ -140,12 +212,12 @@ def test_the_end_of_the_block_ends_the_training(capsys):
 def test_an_error_of_the_training_is_shown_and_raised():
     panel = TrainPanel(lambda **chosen: make(**chosen, reward=lambda text: float("nan")), iterations=2)
     with pytest.raises(ValueError, match=r"the reward of the text .* is nan"):
-        panel.train()
+        trained(panel)
     assert re.search('role="alert".*ValueError: the reward of the text', panel.status.value)
-    assert threads() == []
 
 
-def test_an_error_of_the_making_is_shown_and_raised():
+@in_a_kernel
+async def test_an_error_of_the_making_is_shown_and_raised():
     def spoiled(**chosen):
         raise ValueError("no such model")
 
@@ -157,25 +229,31 @@ def test_an_error_of_the_making_is_shown_and_raised():
     assert panel.buttons[0].disabled is False
 
 
-def test_a_second_start_is_refused_while_one_runs():
+@in_a_kernel
+async def test_a_second_start_is_refused_while_one_runs():
     panel = endless()
     panel.start()
     with pytest.raises(RuntimeError, match="running already: stop it first"):
         panel.start()
     panel.stop()
-    panel.wait()
+    await panel.wait()
 
 
 def test_waiting_for_nothing_is_named():
     with pytest.raises(RuntimeError, match="nothing was started"):
-        TrainPanel(make).wait()
+        asyncio.run(TrainPanel(make).wait())
+
+
+def test_a_start_where_no_loop_runs_is_named():
+    with pytest.raises(RuntimeError, match=r"no event loop runs here.*asyncio\.run\(panel\.train\(\)\)"):
+        TrainPanel(make).start()
 
 
 def test_a_panel_has_a_face_before_and_after():
     panel = TrainPanel(make, iterations=2)
     before = face(panel)
     assert "application/vnd.jupyter.widget-view+json" in before
-    panel.train()
+    trained(panel)
     after = face(panel)
     assert after["text/plain"] == before["text/plain"]
     assert after["image/png"] != before["image/png"]
@@ -188,7 +266,7 @@ def history(*reward_and_kl, sample="ab\ncd"):
     return [Record(at, 1.0, reward, kl, 3.0, -kl, sample) for at, (reward, kl) in enumerate(reward_and_kl)]
 
 
-PEAKS = [dict.fromkeys(OWNERS, 0) | {"policy": 2 * MIB, "activations": at * MIB} for at in (1, 3)]
+PEAKS = {at: dict.fromkeys(OWNERS, 0) | {"policy": 2 * MIB, "activations": at * MIB} for at in (1, 3)}
 
 
 def test_the_picture_has_every_curve_and_the_texts():
@@ -201,20 +279,20 @@ def test_the_picture_has_every_curve_and_the_texts():
         "loss",
         "MiB at the peak",
     ]
-    top = max(path.vertices[:, 1].max() for area in figure.axes[3].collections for path in area.get_paths())
-    assert top == pytest.approx(5.0)
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in figure.axes[3].patches]
+    assert bars == [(1, 0, 2), (3, 0, 2), (1, 2, 1), (3, 2, 3)]
     assert figure.get_supxlabel() == "iteration 0: “ab⏎cd”\niteration 1: “ab⏎cd”"
 
 
 def test_a_text_that_the_font_cannot_draw_is_drawn_without_a_warning(recwarn):
-    figure = train_figure(history((5.0, 0.0), sample="a字\x02$x_{$"))
+    figure = train_figure(history((5.0, 0.0), sample="a字\x02$x_{$"), {})
     assert "“a��$x_{$”" in figure.get_supxlabel()
     figure.canvas.draw()
     assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_a_picture_of_nothing_says_so():
-    assert [text.get_text() for text in train_figure([]).texts] == ["no iteration yet"]
+    assert [text.get_text() for text in train_figure([], {}).texts] == ["no iteration yet"]
 
 
 def test_the_frontier_is_a_line_of_means_for_each_run():

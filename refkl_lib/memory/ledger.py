@@ -70,7 +70,7 @@ class MemoryLedger:
         self._bytes = dict.fromkeys(OWNERS, 0)
         self._live: dict[int, _Record] = {}
         self._freed: deque[_Record] = deque()
-        self._births = 0
+        self._total = self._births = 0
         self._peak_total = self._peak_births = 0
         self._freed_since_peak: list[_Record] = []
         self._timeline = _Timeline()
@@ -142,7 +142,7 @@ class MemoryLedger:
         """Forget the peak so far: from now on `peak` speaks of what comes after this moment."""
         with self._lock:
             self._settle()
-            self._peak_total, self._peak_births = sum(self._bytes.values()), self._births
+            self._peak_total, self._peak_births = self._total, self._births
             self._freed_since_peak = []
 
     @property
@@ -207,10 +207,11 @@ class MemoryLedger:
         record = _Record(storage, self._freed.append)
         self._births += 1
         record.key, record.nbytes = storage._cdata, storage.nbytes()
-        record.owner, record.birth, record.seconds = owner, self._births, self._timeline.seconds()
+        record.owner, record.birth = owner, self._births
         self._live[record.key] = record
         self._bytes[owner] += record.nbytes
-        self._timeline.add(record.seconds, self._bytes)
+        self._total += record.nbytes
+        record.seconds = self._timeline.add(self._total, self._bytes)
         return record
 
     def _close(self, record: "_Record") -> None:
@@ -218,15 +219,15 @@ class MemoryLedger:
             return  # Closed before, when its storage was resized.
         del self._live[record.key]
         self._bytes[record.owner] -= record.nbytes
+        self._total -= record.nbytes
         if record.birth <= self._peak_births:
             self._freed_since_peak.append(record)
 
     def _settle(self) -> None:
         """Close the records of freed storages; just before that the total is at a local high."""
-        total = sum(self._bytes.values())
-        self._timeline.add(self._timeline.seconds(), self._bytes)
-        if total > self._peak_total:
-            self._peak_total, self._peak_births = total, self._births
+        self._timeline.add(self._total, self._bytes)
+        if self._total > self._peak_total:
+            self._peak_total, self._peak_births = self._total, self._births
             self._freed_since_peak = []
         while self._freed:
             self._close(self._freed.popleft())
@@ -261,7 +262,7 @@ class _Recorder(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if _may_allocate(func):
             for tensor in (result,) if isinstance(result, Tensor) else tensors_of(result):
                 if tensor.layout is torch.strided:
@@ -292,18 +293,20 @@ class _Timeline:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def add(self, seconds: float, owners: Mapping[str, int]) -> None:
-        total = sum(owners.values())
+    def add(self, total: int, owners: Mapping[str, int]) -> float:
+        """Note the bytes by owner, whose sum is `total`, and return the moment; called for each new storage."""
+        seconds = self.seconds()
         if seconds >= self._slice_ends:
             self._slice_ends = seconds + self._slice
             self.points.append((seconds, dict(owners)))
         elif total > self._high:
             self.points[-1] = (seconds, dict(owners))
         else:
-            return
+            return seconds
         self._high = total
         if len(self.points) > self.LIMIT:
             self._thin()
+        return seconds
 
     def relabel(self, record: _Record, name: str) -> None:
         """Give `name` the bytes of a record that lives, in every point since its birth."""

@@ -1,12 +1,16 @@
 """TrainPanel: a training while it runs, with its leash in your hand; and the pictures of finished ones.
 
 with TrainPanel(make_run, iterations=12, beta=0.0) as panel:
-    run = panel.train()
+    run = await panel.train()
 """
 
+import asyncio
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Self
 
 import ipywidgets as widgets
@@ -19,8 +23,9 @@ from refkl_lib.view.choice import Menu, Slider, named
 from refkl_lib.view.panel import Live, Panel, Picture, button, hide, message
 from refkl_lib.view.train_figures import Peak, readout_html, train_figure
 
-THREAD = "TrainPanel"
+TURN = 0.02  # seconds between two iterations, in which buttons and other cells are heard
 PAUSE = 0.25  # seconds between two drawings, at least
+WEIGH_EVERY = 5  # iterations; a ledger makes one longer by a tenth or two
 BETAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SYNCS = [("never", None), ("every 5 iterations", 5), ("every iteration", 1)]
 
@@ -28,10 +33,12 @@ SYNCS = [("never", None), ("every 5 iterations", 5), ("every iteration", 1)]
 class TrainPanel(Panel):
     """Controls for a training: choose how the reference is kept, start, pause, stop, and move beta while it runs.
 
-    `make(strategy=…, beta=…, sync_every=…)` returns the `TrainRun` that is then trained for `iterations`, in a thread,
-    so that the buttons work. `panel.start()`, `pause()` and `stop()` do what the buttons do; `panel.train()` starts and
-    waits. Inside a `with` block its readout is live, and leaves a picture behind; at its end nothing runs any more.
-    `panel.run` is the last run, with its history.
+    `make(strategy=…, beta=…, sync_every=…)` returns the `TrainRun` that is then trained for `iterations`. The training
+    takes turns with everything else in the kernel: after each iteration, buttons are heard and other cells may run. For
+    that, a cell that waits for it says `await panel.train()`. `panel.start()`, `pause()` and `stop()` do what the
+    buttons do. Inside a `with` block its readout is live, and leaves a picture behind; at its end nothing runs any
+    more. `panel.run` is the last run, with its history, and `panel.peaks` has the bytes by owner at the peak of every
+    fifth iteration from the second on, when the optimizer has its state.
     """
 
     alt = "A training, iteration by iteration: reward, KL, loss and the bytes at the peak, by owner; and what it wrote."
@@ -48,7 +55,7 @@ class TrainPanel(Panel):
         self.make = make
         self.iterations = iterations
         self.run: TrainRun | None = None
-        self.peaks: list[Peak] = []
+        self.peaks: dict[int, Peak] = {}
         self.strategy = Menu("reference", named("adapter", "clone"), strategy)
         self.sync_every = Menu("sync it", SYNCS, sync_every)
         self.beta = Slider("beta", [(f"{step:g}", step) for step in sorted({*BETAS, beta})], beta)
@@ -59,68 +66,64 @@ class TrainPanel(Panel):
             button("Stop", self.stop, "End the training after the present iteration"),
         ]
         self.status, self.readout = widgets.HTML(), widgets.HTML(layout=widgets.Layout(min_height="250px"))
-        self.widget = self._layout()
-        # While a cell runs, the kernel hears no button, so a block shows none; the toolbar's stop button works.
-        self._watched = widgets.VBox([self.status, self.readout])
-        self._worker: threading.Thread | None = None
-        self._go, self._stopping = threading.Event(), threading.Event()
+        self.widget = _rows([self.strategy, self.sync_every, self.beta], self.buttons, self.status, self.readout)
+        self._watched = _rows([self.beta, *self.buttons[1:]], self.status, self.readout)
+        self._loop = _running_loop()
+        self._training: Future[None] | None = None
+        self._paused = self._stopping = False
         self._error: BaseException | None = None
         self._drawn = 0.0
         self._show("Choose, then press Start.")
 
     def start(self) -> TrainRun:
-        """Make a run as chosen, train it in a thread, and return it at once; an error is shown and raised.
+        """Make a run as chosen, let it train from now on, and return it at once; an error is shown and raised.
 
-        Raises RuntimeError if a training runs already.
+        Raises RuntimeError if a training runs already, or where no event loop runs: notebooks have one.
         """
-        if self._worker is not None and self._worker.is_alive():
+        if self._training is not None and not self._training.done():
             raise RuntimeError("this panel's training is running already: stop it first")
+        loop = self._loop or _running_loop()
+        if loop is None:
+            raise RuntimeError(
+                "no event loop runs here, and a panel's training needs one: use a notebook, "
+                "asyncio.run(panel.train()), or a TrainRun of its own, whose train() needs none"
+            )
         self._show(f"Making a policy and its reference ({self.strategy.value}) …")
         try:
             run = self.make(strategy=self.strategy.value, beta=self.beta.value, sync_every=self.sync_every.value)
         except BaseException as error:
             self._show(f"{type(error).__name__}: {error}", "alert")
             raise
-        self.run, self.peaks, self._error = run, [], None
-        self._go.set()
-        self._stopping.clear()
-        self._worker = threading.Thread(target=self._train, name=THREAD, args=(run,), daemon=True)
-        self._worker.start()
+        self.run, self.peaks, self._error = run, {}, None
+        self._paused = self._stopping = False
+        # JupyterLab may have a button's click heard in a thread of its own; Ctrl-C only reaches the kernel's.
+        self._training = asyncio.run_coroutine_threadsafe(self._train(run), loop)
         return run
 
     def pause(self) -> None:
         """Hold the training after its present iteration; asked again, let it go on."""
-        if self._go.is_set():
-            self._go.clear()
-            self._show("Pausing after this iteration …")
-        else:
-            self._go.set()
+        self._paused = not self._paused
 
     def stop(self) -> None:
         """End the training after its present iteration."""
-        self._stopping.set()
-        self._go.set()
+        self._stopping = True
 
-    def wait(self) -> TrainRun:
-        """Return the run when its training has ended, and raise what ended it; Ctrl-C stops the training first.
+    async def wait(self) -> TrainRun:
+        """Return the run when its training has ended, and raise what ended it, a Ctrl-C too.
 
         Raises RuntimeError if nothing was started.
         """
-        if self.run is None or self._worker is None:
-            raise RuntimeError("nothing was started: call panel.start(), or panel.train() for both")
-        try:
-            while self._worker.is_alive():
-                self._worker.join(0.2)
-        finally:
-            self._end()
+        if self.run is None or self._training is None:
+            raise RuntimeError("nothing was started: call panel.start(), or await panel.train() for both")
+        await asyncio.wrap_future(self._training)
         if self._error is not None:
             raise self._error
         return self.run
 
-    def train(self) -> TrainRun:
+    async def train(self) -> TrainRun:
         """Start, and wait; return the run."""
         self.start()
-        return self.wait()
+        return await self.wait()
 
     def figure(self) -> Figure:
         """Return the curves up to now, and three of the texts."""
@@ -131,41 +134,47 @@ class TrainPanel(Panel):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._end()
+        self.stop()
         hide(self._watched)
         display(Picture(self.figure(), self.alt))
 
-    def _end(self) -> None:
-        if self._worker is not None:
-            self.stop()
-            self._worker.join()
-
     def _history(self) -> list[Record]:
-        return [] if self.run is None else list(self.run.history)
+        return [] if self.run is None else self.run.history
 
-    def _train(self, run: TrainRun) -> None:
+    async def _train(self, run: TrainRun) -> None:
         try:
-            with MemoryLedger() as ledger:
-                for name in ("policy", "reference", "optimizer"):
-                    ledger.own(name, getattr(run, name))
-                run.train(self.iterations, on_record=lambda record: self._hear(record, ledger))
-        except BaseException as error:  # told by `wait`, in the thread of whoever waits
+            while len(run.history) < self.iterations and not self._stopping:
+                with _interruptible():
+                    self._iterate(run)
+                await asyncio.sleep(TURN)
+                await self._hold()
+        except KeyboardInterrupt as error:  # told by `wait`: raised here it would end the kernel's loop
+            self._error = error
+            self._draw(f"Interrupted: {len(run.history)} iterations.")
+        except Exception as error:
             self._error = error
             self._show(f"{type(error).__name__}: {error}", "alert")
         else:
             self._draw(f"Done: {len(run.history)} iterations.")
 
-    def _hear(self, record: Record, ledger: MemoryLedger) -> None:
-        self.peaks.append(ledger.peak())
-        ledger.reset_peak()
-        done = f"iteration {record.iteration + 1} of {self.iterations}, beta {record.beta:g}"
-        if not self._go.is_set():
-            self._draw(f"Paused: {done}. Press Pause again to go on.")
-        elif time.monotonic() - self._drawn > PAUSE:
-            self._draw(f"Done: {done}.")
-        self._go.wait()
-        if self._stopping.is_set() and self.run is not None:
-            self.run.stop()
+    def _iterate(self, run: TrainRun) -> None:
+        iteration = len(run.history)
+        if iteration % WEIGH_EVERY == 1:
+            self.peaks[iteration] = weighed_step(run)
+        else:
+            run.step()
+        if time.monotonic() - self._drawn > PAUSE:
+            self._draw(f"Done: {self._last()}.")
+
+    async def _hold(self) -> None:
+        if self._paused and not self._stopping:
+            self._draw(f"Paused: {self._last()}. Press Pause again to go on.")
+        while self._paused and not self._stopping:
+            await asyncio.sleep(TURN)
+
+    def _last(self) -> str:
+        record = self._history()[-1]
+        return f"iteration {record.iteration + 1} of {self.iterations}, beta {record.beta:g}"
 
     def _draw(self, text: str) -> None:
         self._drawn = time.monotonic()
@@ -179,14 +188,38 @@ class TrainPanel(Panel):
     def _show(self, text: str, kind: str = "status") -> None:
         self.status.value = message(text, kind)
 
-    def _layout(self) -> widgets.VBox:
-        row = widgets.Layout(flex_flow="row wrap", grid_gap="0 24px", align_items="center")
-        return widgets.VBox(
-            [
-                widgets.HBox([self.strategy, self.sync_every, self.beta], layout=row),
-                widgets.HBox(self.buttons, layout=row),
-                self.status,
-                self.readout,
-            ],
-            layout=widgets.Layout(max_width="960px"),
-        )
+
+def weighed_step(run: TrainRun) -> Peak:
+    """Let a run make one step, and return the bytes at its peak, by owner."""
+    ledger = MemoryLedger()
+    for name in ("policy", "reference", "optimizer"):
+        ledger.own(name, getattr(run, name))
+    with ledger:
+        run.step()
+    return ledger.peak()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C or the toolbar's stop button raise KeyboardInterrupt in a block: an idle kernel ignores them."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread is interrupted
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _rows(*rows: widgets.Widget | list[widgets.Widget]) -> widgets.VBox:
+    line = widgets.Layout(flex_flow="row wrap", grid_gap="0 24px", align_items="center")
+    boxes = [widgets.HBox(row, layout=line) if isinstance(row, list) else row for row in rows]
+    return widgets.VBox(boxes, layout=widgets.Layout(max_width="960px"))

@@ -19,22 +19,23 @@ CURVES = {"reward": "mean reward of a text", "kl": "KL, nats a text", "loss": "l
 Peak = Mapping[str, int]
 
 
-def readout_html(history: Sequence[Record], peaks: Sequence[Peak]) -> str:
-    """Return the curves up to now as small drawings, with their last values, and the last text; all may be empty."""
+def readout_html(history: Sequence[Record], peaks: Mapping[int, Peak]) -> str:
+    """Return the curves up to now as small drawings, with their last values, the last peak and the last text."""
     if not history:
         return ""
     lines = {label: [getattr(record, name) for record in history] for name, label in CURVES.items()}
     drawings = [_drawing(label, values, f"{values[-1]:.2f}") for label, values in lines.items()]
-    totals = [sum(peak.values()) / MIB for peak in peaks]
-    drawings.append(_drawing("memory at the peak", totals, show_bytes(sum(peaks[-1].values()))))
+    if peaks:
+        totals = [sum(peak.values()) for peak in peaks.values()]
+        drawings.append(_drawing("memory at the peak", totals, show_bytes(totals[-1])))
     said = f"It writes: “{escape(history[-1].sample)}”"
     return f'<div style="display:flex;flex-wrap:wrap;gap:4px 18px">{"".join(drawings)}</div><div>{said}</div>'
 
 
-def train_figure(history: Sequence[Record], peaks: Sequence[Peak] = ()) -> Figure:
-    """Return reward, KL and loss by iteration, the bytes at each one's peak by owner, and three of the texts.
+def train_figure(history: Sequence[Record], peaks: Mapping[int, Peak]) -> Figure:
+    """Return reward, KL and loss by iteration, the bytes at the peak by owner where weighed, and three of the texts.
 
-    Without `peaks` there is no memory to see; without a history there is a note that says so.
+    `peaks` has them by iteration. Without a history there is a note that says so.
     """
     figure = Figure(figsize=(8.2, 4.4), layout="constrained")
     if not history:
@@ -91,15 +92,16 @@ def _running(values: Sequence[float], of: int) -> list[float]:
     return [sum(values[at : at + of]) / of for at in range(len(values) - of + 1)]
 
 
-def _draw_memory(axes: Axes, peaks: Sequence[Peak]) -> None:
-    owners = [owner for owner in dict.fromkeys(name for peak in peaks for name in peak) if any(p[owner] for p in peaks)]
-    rows = [[peak[owner] / MIB for peak in peaks] for owner in owners]
-    styles = [OWNER_STYLES.get(owner, OTHER) for owner in owners]
-    areas = axes.stackplot(range(len(peaks)), rows, colors=[color for color, _ in styles], linewidth=0) if rows else []
-    for area, owner, (_, hatch) in zip(areas, owners, styles, strict=True):
-        area.set(hatch=hatch, edgecolor="white", label=owner)
+def _draw_memory(axes: Axes, peaks: Mapping[int, Peak]) -> None:
+    below = [0.0] * len(peaks)
+    for owner in dict.fromkeys(name for peak in peaks.values() for name in peak):
+        heights = [peak[owner] / MIB for peak in peaks.values()]
+        if any(heights):
+            color, hatch = OWNER_STYLES.get(owner, OTHER)
+            axes.bar([*peaks], heights, bottom=below, color=color, hatch=hatch, edgecolor="white", label=owner)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
     _with_label(axes, "MiB at the peak")
-    if owners:
+    if peaks:
         axes.legend(frameon=False, fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), reverse=True)
 
 

@@ -49,10 +49,44 @@ class TestCapstone(Notebook):
         expect(alert).to_be_visible(timeout=120 * SECOND)
         find(panel, "combobox sync it").select_option("never")
 
-    def test_an_interrupt_ends_the_training_and_leaves_its_picture(self, page: Page) -> None:
+    def test_an_interrupt_ends_a_training_that_the_start_button_began(self, page: Page, panel: Locator) -> None:
+        find(panel, "button Start").click()
+        expect(panel.locator(SAID)).to_contain_text("Done: iteration 1 of 10", timeout=120 * SECOND)
+        interrupt(page)
+        expect(panel.locator(SAID)).to_have_text(re.compile("Interrupted: [0-9] iterations."), timeout=60 * SECOND)
+
+    def test_cells_run_between_the_iterations(self, page: Page, panel: Locator) -> None:
+        find(panel, "button Start").click()
+        expect(panel.locator(SAID)).to_contain_text("Done: iteration 1 of 10", timeout=120 * SECOND)
+        output = typed(page, self.cell("ends = [")[0], "print('meanwhile')")
+        expect(output).to_contain_text("meanwhile", timeout=60 * SECOND)
+        expect(panel.locator(SAID)).to_contain_text("of 10")
+        find(panel, "button Stop").click()
+        expect(panel.locator(SAID)).to_have_text(re.compile("Done: [0-9] iterations."), timeout=60 * SECOND)
+
+    def long_training(self, page: Page) -> Locator:
+        """Start a cell that trains for long, and return where its outputs are."""
         place, source = self.cell("iterations=10, beta=1.0) as panel")
         output = typed(page, place, source.replace("iterations=10", "iterations=100"))
         expect(output.locator(SAID)).to_contain_text("Done: iteration 1 of 100", timeout=120 * SECOND)
+        return output
+
+    @by_both
+    def test_its_buttons_work_while_a_cell_trains(self, page: Page, by: By) -> None:
+        output = self.long_training(page)
+        said = output.locator(SAID)
+        by(output, "slider beta")
+        beta = output.get_by_role("slider").get_attribute("aria-valuetext")
+        expect(said).to_contain_text(f", beta {beta}.", timeout=60 * SECOND)
+        by(output, "button Pause")
+        expect(said).to_contain_text("Paused: iteration", timeout=60 * SECOND)
+        by(output, "button Stop")
+        expect(output.get_by_role("img", name="A training, iteration by iteration")).to_be_visible(timeout=60 * SECOND)
+        expect(page.locator(".jp-InputPrompt", has_text="[*]")).to_have_count(0)
+        expect(output).not_to_contain_text("Error")
+
+    def test_an_interrupt_ends_the_training_and_leaves_its_picture(self, page: Page) -> None:
+        output = self.long_training(page)
         interrupt(page)
         expect(output).to_contain_text("KeyboardInterrupt", timeout=60 * SECOND)
         expect(output.get_by_role("img", name="A training, iteration by iteration")).to_be_visible()
