@@ -27,7 +27,7 @@ _HOME_OF = {
     "ReferenceReport": "reference.verify",
     "exact_kl": "kl.exact",
     "linear_kl": "kl.linear",
-    "linear_token_log_probs": "kl.linear",
+    "linear_token_log_probs": "kl.linear_log_probs",
     "compute_kl_divergence": "kl.divergence",
     "estimate_kl": "kl.estimators",
     "importance_weights": "kl.estimators",

@@ -20,7 +20,8 @@ from refkl_lib.kl.divergence import (
 )
 from refkl_lib.kl.estimators import kl_loss
 from refkl_lib.kl.exact import exact_kl
-from refkl_lib.kl.linear import HeadOutput, linear_token_log_probs
+from refkl_lib.kl.head import HeadOutput
+from refkl_lib.kl.linear_log_probs import linear_token_log_probs
 from refkl_lib.kl.log_probs import token_log_probs
 from refkl_lib.kl.reduce import masked_mean
 from refkl_lib.reference.base import Reference

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refkl_lib import MemoryLedger, exact_kl, linear_kl, linear_token_log_probs, token_log_probs
-from refkl_lib.kl.chunks import chunk_before_head
+from refkl_lib.kl.chunks import blocks_of, chunk_before_head, chunk_for_blocks
 from refkl_lib.tensors import tensors_of
 
 INF, NAN = math.inf, math.nan
@@ -175,6 +175,90 @@ def test_the_backward_pass_can_run_twice(reduction):
     assert torch.equal(once, twice)
 
 
+# Blocks of the vocabulary
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Let log-probs go through a vocabulary a few words at a time: a chunk's logits in a block are 40 numbers."""
+    monkeypatch.setattr("refkl_lib.kl.chunks._BLOCK_BYTES", 4 * 40)
+
+
+def both_ways(hidden, layer, ids, chunk=8, **options):
+    """Value and gradients in blocks, and in float64 from whole logits."""
+    trained = [tensor for tensor in (hidden, *layer.parameters()) if tensor.requires_grad]
+    ours = linear_token_log_probs(hidden, layer, ids, chunk, **options)
+    logits = transformed(layer(hidden), **options).double()
+    theirs = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return [(value.detach(), *gradients(value, *trained)) for value in (ours, theirs)]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.5, "temperature": 2.0}])
+def test_blocks_add_up_whatever_block_the_id_is_in(blocks, trains, bias, options):
+    vocabulary = 23  # blocks of 5 words, and a last one of 3
+    hidden, layer = normal(0, 1, vocabulary, 6).requires_grad_(), head(1, 6, vocabulary, bias, trains=trains)
+    assert [words.stop - words.start for words in blocks_of(hidden[0, :8], vocabulary)] == [5, 5, 5, 5, 3]
+    ours, theirs = both_ways(hidden, layer, torch.arange(vocabulary)[None], **options)
+    assert len(ours) == 2 + trains * (1 + bias)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.5, "temperature": 2.0}])
+def test_gradients_in_blocks_check_against_finite_differences(blocks, trains, options):
+    hidden = normal(0, 2, 3, 4, dtype=torch.float64).requires_grad_()
+    layer, ids = head(2, 4, 23, dtype=torch.float64, trains=trains), torch.tensor([[0, 7, 22], [4, 5, 20]])
+
+    def log_probs(hidden, *_weights):
+        return linear_token_log_probs(hidden, layer, ids, 4, **options)
+
+    assert torch.autograd.gradcheck(log_probs, (hidden, *layer.parameters()) if trains else (hidden,))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.linspace(-1e4, 1e4, 23),  # a largest logit that grows from block to block
+        torch.linspace(1e4, -1e4, 23),
+        torch.cat([torch.full((10,), -INF), torch.linspace(-1, 1, 13)]),  # first blocks without a word
+        torch.cat([torch.linspace(-1, 1, 13), torch.full((10,), -INF)]),
+    ],
+    ids=["grows", "falls", "first excluded", "last excluded"],
+)
+def test_large_logits_and_blocks_of_excluded_words(blocks, trains, bias):
+    hidden, layer = normal(0, 1, 23, 4).requires_grad_(), head(1, 4, 23, trains=trains)
+    with torch.no_grad():
+        layer.bias.copy_(bias)
+    ours, theirs = both_ways(hidden, layer, torch.arange(23)[None])
+    assert ((ours[0] == -INF) == (bias == -INF)).all()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_heads_are_added_up_in_float32(blocks, trains, dtype):
+    hidden, layer = normal(0, 1, 23, 6).to(dtype).requires_grad_(), head(1, 6, 23, dtype=dtype, trains=trains)
+    ours, theirs = both_ways(hidden, layer, torch.arange(23)[None])
+    assert ours[0].dtype == torch.float32
+    torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-5, atol=1e-5)
+    for our, their in zip(ours[1:], theirs[1:], strict=True):
+        assert our.dtype == dtype
+        torch.testing.assert_close(our, their, rtol=0.02, atol=0.02 * their.abs().max().item())
+
+
+def test_a_token_that_is_almost_certain_keeps_the_digits_of_its_gradient(blocks):
+    hidden, layer = normal(0, 1, 1, 6).bfloat16().requires_grad_(), head(1, 6, 23, dtype=torch.bfloat16, trains=False)
+    with torch.no_grad():
+        layer.bias[7] = layer(hidden).max() + 16  # 1 - p is 1e-6 or so
+    ours, theirs = both_ways(hidden, layer, torch.tensor([[7]]))
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0.05, atol=0.02 * theirs[1].abs().max().item())
+
+
 # Memory: no tensor is larger than a chunk of logits or the head
 
 
@@ -214,6 +298,32 @@ def test_logits_exist_for_a_chunk_of_tokens_at_a_time(reduction, trains):
     assert seen.rows == 8
 
 
+class LargestTensor(TorchDispatchMode):
+    """Note the most numbers that any tensor has that is no view of another, and not of some shape."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart, self.numbers = apart, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result._is_view() and result.shape != self.apart:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.5, "temperature": 2.0}])
+@pytest.mark.parametrize("trains", [False, True])
+def test_log_probs_make_a_chunk_and_block_of_logits_at_a_time(monkeypatch, trains, options):
+    monkeypatch.setattr("refkl_lib.kl.chunks._BLOCK_BYTES", 4 * 8 * 100)
+    hidden, layer = normal(0, 2, 32, 4).requires_grad_(), head(1, 4, 5000, bias=False, trains=trains)
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    for chunk in (8, 16):
+        with LargestTensor(apart=layer.weight.shape) as largest:  # a head's gradient is as large as the head
+            linear_token_log_probs(hidden, layer, ids, chunk, **options).sum().backward()
+        assert largest.numbers == 8 * 100
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_the_peak_does_not_grow_with_the_tokens(trains):
     peaks = {}
@@ -230,10 +340,12 @@ def test_the_peak_does_not_grow_with_the_tokens(trains):
 
 def test_the_default_chunk_follows_the_sizes():
     hidden = torch.zeros(1, 1, 1)
-    assert chunk_before_head(hidden, 49_152, None) == 2**25 // (4 * 49_152)
+    assert chunk_before_head(hidden, 32_000, None) == 24 * 2**20 // (4 * 32_000)
     assert chunk_before_head(hidden, 151_936, None) == 128
     assert chunk_before_head(hidden, 2, None) > 1_000_000
     assert chunk_before_head(hidden, 49_152, 3) == 3
+    assert chunk_for_blocks(hidden, None) == 512
+    assert next(blocks_of(torch.zeros(512, 1), 151_936)) == slice(0, 2048)
 
 
 # Wrong inputs, each with its own sentence

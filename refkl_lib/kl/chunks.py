@@ -15,6 +15,10 @@ Rows = tuple[Tensor, ...]
 # A GPU reads the whole head for each chunk; several hundred tokens keep it busy for as long as that takes.
 _GPU_BYTES = 256 * 2**20
 
+# A block of logits: what a processor still has in its caches when the block's next step comes.
+_BLOCK_BYTES = 4 * 2**20
+_BLOCK_WORDS = 8192  # with few tokens: more words make nothing faster
+
 
 def chunks_of(counts: Tensor, chunk: int) -> Iterator[Rows]:
     """Yield the places where `counts` is True, `chunk` at a time, each as an index for any tensor of that shape."""
@@ -25,7 +29,7 @@ def chunks_of(counts: Tensor, chunk: int) -> Iterator[Rows]:
 
 def chunk_of_logits(logits: Tensor) -> int:
     """Return how many tokens' logits to take from those that exist: what fits in a core's own cache."""
-    return _fitting(logits.shape[-1], 2**20 if device_type(logits) == "cpu" else _GPU_BYTES)
+    return _fitting(logits.shape[-1], _bytes(logits, 2**20))
 
 
 def chunk_before_head(hidden: Tensor, vocabulary: int, chunk: int | None) -> int:
@@ -34,10 +38,25 @@ def chunk_before_head(hidden: Tensor, vocabulary: int, chunk: int | None) -> int
     Below 128 tokens a matrix product takes longer than it need. Raises ValueError if `chunk` is less than 1.
     """
     if chunk is None:
-        return max(128, _fitting(vocabulary, 32 * 2**20 if device_type(hidden) == "cpu" else _GPU_BYTES))
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, but it is a number of tokens, 1 or more (None: chosen from the sizes)")
-    return chunk
+        return max(128, _fitting(vocabulary, _bytes(hidden, 24 * 2**20)))
+    return _checked(chunk)
+
+
+def chunk_for_blocks(hidden: Tensor, chunk: int | None) -> int:
+    """Return how many tokens to send through a head at a time, block by block of its words, `chunk` if that is given.
+
+    Raises ValueError if `chunk` is less than 1.
+    """
+    if chunk is None:
+        return 512 if device_type(hidden) == "cpu" else 2048
+    return _checked(chunk)
+
+
+def blocks_of(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    """Yield the words of a vocabulary, so many at a time as keep the logits of a chunk's hidden states (C, H) small."""
+    block = min(_BLOCK_WORDS, _fitting(hidden.shape[0], _bytes(hidden, _BLOCK_BYTES)))
+    for start in range(0, vocabulary, block):
+        yield slice(start, min(start + block, vocabulary))
 
 
 def log_softmax_(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +64,8 @@ def log_softmax_(logits: Tensor, dtype: torch.dtype) -> Tensor:
     # On a CPU, torch.log_softmax adds up word after word: over 200,000 of them that costs two digits (torch 2.13).
     wide = logits.to(dtype)
     wide.sub_(wide.amax(-1, keepdim=True))  # first and exactly: logits of 10,000 have few digits for the rest
-    return wide.sub_(wide.exp().sum(-1, keepdim=True).log_())
+    few = wide.split(_fitting(wide.shape[-1], _bytes(wide, _BLOCK_BYTES)))  # exp() needs memory of its own
+    return wide.sub_(torch.cat([rows.exp().sum(-1, keepdim=True) for rows in few]).log_())
 
 
 def widened(*dtypes: torch.dtype) -> torch.dtype:
@@ -53,5 +73,16 @@ def widened(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _fitting(vocabulary: int, nbytes: int) -> int:
-    return max(1, nbytes // (4 * vocabulary))
+def _checked(chunk: int) -> int:
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, but it is a number of tokens, 1 or more (None: chosen from the sizes)")
+    return chunk
+
+
+def _bytes(tensor: Tensor, on_cpu: int) -> int:
+    return on_cpu if device_type(tensor) == "cpu" else _GPU_BYTES
+
+
+def _fitting(length: int, nbytes: int) -> int:
+    """Return how many rows of `length` float32 numbers fit, 1 at least."""
+    return max(1, nbytes // (4 * max(1, length)))

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refkl_lib.kl.exact import exact_kl
-from refkl_lib.kl.linear import HeadOutput, linear_kl
+from refkl_lib.kl.head import HeadOutput
+from refkl_lib.kl.linear import linear_kl
 from refkl_lib.kl.reduce import Reduction
 from refkl_lib.tensors import is_partitioned
 

@@ -6,7 +6,6 @@ Here a chunk of tokens goes all the way, there and, for the gradient, back, befo
     linear_kl(hidden, policy.lm_head, ref_hidden, reference.model.lm_head, mask).backward()
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,41 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from refkl_lib.kl.chunks import Rows, chunk_before_head, chunks_of, log_softmax_, widened
 from refkl_lib.kl.exact import check_vocabularies, kl_slope, kl_terms
-from refkl_lib.kl.log_probs import check_ids, chosen, chosen_slope
+from refkl_lib.kl.head import HeadOutput, autograd_inputs, check_batch, check_head
 from refkl_lib.kl.reduce import Reduction, check_mask, reduce_tokens
-
-# From a chunk's log-probs (C, V), which it may overwrite: values (C,), and a call for their derivatives by the logits.
-Score = Callable[[Tensor, Rows], tuple[Tensor, Callable[[], Tensor]]]
-
-
-@dataclass(frozen=True)
-class HeadOutput:
-    """What becomes of a head's output x: softcap·tanh(scale·x / softcap) / temperature; without a softcap, no tanh."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value}, but it must be a number above 0")
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits, in the dtype of `x`."""
-        if self.scale != 1:
-            x = x * self.scale
-        if self.softcap is not None:
-            x = self.softcap * torch.tanh(x / self.softcap)
-        return x if self.temperature == 1 else x / self.temperature
-
-    def derivative(self, logits: Tensor) -> Tensor | float:
-        """Return the derivative of the logits by `x`."""
-        factor = self.scale / self.temperature
-        if self.softcap is None:
-            return factor
-        tanh = logits.to(widened(logits.dtype)) * (self.temperature / self.softcap)
-        return (1 - tanh.square_()).mul_(factor)
 
 
 def linear_kl(
@@ -71,7 +37,7 @@ def linear_kl(
     """Return what `exact_kl` gives for p_head(p_hidden) and q_head(q_hidden), with gradients to p alone.
 
     Hidden states are (B, T, H), and H may differ between p and q. Gradients reach `p_hidden` and what of `p_head`
-    requires them; q is a constant. Logits exist for `chunk` tokens at a time, by default so many as 32 MiB hold (on
+    requires them; q is a constant. Logits exist for `chunk` tokens at a time, by default so many as 24 MiB hold (on
     a GPU 256), and 128 at least. If the models go on from their heads' outputs, logits =
     softcap·tanh(scale·output / softcap) / temperature (Gemma 2's final_logit_softcapping, Cohere's logit_scale,
     1 / Granite's logits_scaling). Logits have the dtype of the heads' outputs, sums over them at least float32.
@@ -81,63 +47,14 @@ def linear_kl(
     Raises TypeError if a head is no nn.Linear; ValueError as `exact_kl` does, if heads and hidden states do not fit,
     `q_hidden` requires a gradient, or `chunk`, `scale`, `softcap` or `temperature` is not positive.
     """
-    _check_head("p", p_hidden, p_head)
-    _check_head("q", q_hidden, q_head)
+    check_head("p", p_hidden, p_head)
+    check_head("q", q_hidden, q_head)
     _check_pair(p_hidden, p_head, q_hidden, q_head)
     output = HeadOutput(scale, softcap, temperature)
-
-    def score(log_p: Tensor, rows: Rows) -> tuple[Tensor, Callable[[], Tensor]]:
-        q_logits = output.logits(F.linear(q_hidden[rows], q_head.weight, q_head.bias))
-        log_q = log_softmax_(q_logits, log_p.dtype)
-        p, terms = kl_terms(log_p, log_q)
-        kl = terms.sum(-1)
-        return kl, lambda: kl_slope(p, terms, kl)
-
     counts = check_mask(torch.zeros(p_hidden.shape[:-1], device=p_hidden.device), mask)
-    sweep = _Sweep(score, output, counts, chunk_before_head(p_hidden, p_head.out_features, chunk))
-    values = _apply(sweep, p_hidden, p_head, alike=reduction in ("mean", "sum"))
+    sweep = _Sweep(q_hidden, q_head, output, counts, chunk_before_head(p_hidden, p_head.out_features, chunk))
+    values = _TokenKL.apply(sweep, reduction in ("mean", "sum"), *autograd_inputs(p_hidden, p_head))
     return reduce_tokens(values, mask, reduction)
-
-
-def linear_token_log_probs(
-    hidden: Tensor,
-    head: nn.Linear,
-    token_ids: Tensor,
-    chunk: int | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Return what `token_log_probs` gives for head(hidden): hidden (B, T, H), token_ids (B, T) -> (B, T).
-
-    `chunk` and what follows it are as in `linear_kl`. With a head that trains, the backward pass makes the logits a
-    second time. Raises TypeError if the head is no nn.Linear; ValueError if shapes do not fit, an id is not in the
-    vocabulary, or a number is not positive.
-    """
-    _check_head("", hidden, head)
-    _check_batch("hidden", hidden)
-    if hidden.shape[:-1] != token_ids.shape:
-        raise ValueError(
-            f"hidden of shape {tuple(hidden.shape)} needs token_ids of shape {tuple(hidden.shape[:-1])}, not "
-            f"{tuple(token_ids.shape)}; for next-token log-probs pass hidden[:, :-1] and token_ids[:, 1:]"
-        )
-    check_ids(token_ids, head.out_features)
-
-    def score(log_p: Tensor, rows: Rows) -> tuple[Tensor, Callable[[], Tensor]]:
-        return chosen(log_p, token_ids[rows]), lambda: chosen_slope(log_p, token_ids[rows])
-
-    counts = torch.ones_like(token_ids, dtype=torch.bool)
-    output = HeadOutput(scale, softcap, temperature)
-    sweep = _Sweep(score, output, counts, chunk_before_head(hidden, head.out_features, chunk))
-    return _apply(sweep, hidden, head, alike=False)
-
-
-def _apply(sweep: "_Sweep", hidden: Tensor, head: nn.Linear, alike: bool) -> Tensor:
-    inputs: tuple[Tensor | None, ...] = (hidden, head.weight, head.bias)
-    if not torch.is_grad_enabled():  # A Function is told what requires a gradient, but not whether one is wanted.
-        inputs = tuple(tensor if tensor is None else tensor.detach() for tensor in inputs)
-    return _TokenValues.apply(sweep, alike, *inputs)
 
 
 class _Gradients:
@@ -164,7 +81,8 @@ class _Gradients:
 class _Sweep:
     """A walk through the tokens that count, from hidden states to values and, where needed, back to gradients."""
 
-    score: Score
+    q_hidden: Tensor
+    q_head: nn.Linear
     output: HeadOutput
     counts: Tensor  # (B, T) bool
     chunk: int
@@ -197,14 +115,17 @@ class _Sweep:
     ) -> Tensor:
         logits = self.output.logits(F.linear(hidden[rows], weight, bias))
         scale = self.output.derivative(logits) * scale if gradients.needed else scale
-        values, slope = self.score(log_softmax_(logits, widened(hidden.dtype)), rows)
+        log_p = log_softmax_(logits, widened(hidden.dtype))
+        q_logits = self.output.logits(F.linear(self.q_hidden[rows], self.q_head.weight, self.q_head.bias))
+        p, terms = kl_terms(log_p, log_softmax_(q_logits, log_p.dtype))
+        kl = terms.sum(-1)
         if gradients.needed:
-            gradients.add(slope().mul_(scale), hidden, weight, rows)
-        return values
+            gradients.add(kl_slope(p, terms, kl).mul_(scale), hidden, weight, rows)
+        return kl
 
 
-class _TokenValues(torch.autograd.Function):
-    """Per-token values from hidden states. `alike` promises that all tokens that count will weigh the same."""
+class _TokenKL(torch.autograd.Function):
+    """Per-token KLs from hidden states. `alike` promises that all tokens that count will weigh the same."""
 
     @staticmethod
     def forward(ctx: Any, sweep: _Sweep, alike: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -230,27 +151,8 @@ class _TokenValues(torch.autograd.Function):
         return None, None, *(g if g is None else g * s for g, s in zip(ctx.saved_tensors, scales, strict=True))
 
 
-def _check_head(name: str, hidden: Tensor, head: nn.Linear) -> None:
-    name = name and f"{name}_"
-    if type(head) is not nn.Linear:
-        raise TypeError(
-            f"{name}head is a {type(head).__name__}, but must be a plain nn.Linear: what another module does to its "
-            "input cannot be known. Compute its logits and use exact_kl or token_log_probs"
-        )
-    if head.weight.shape != (head.out_features, hidden.shape[-1]):
-        raise ValueError(
-            f"{name}hidden is {tuple(hidden.shape)}, and the weight of {name}head {tuple(head.weight.shape)}: "
-            "it must be (vocabulary, hidden size). Under ZeRO-3 it is empty outside of a forward pass"
-        )
-
-
-def _check_batch(name: str, hidden: Tensor) -> None:
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden states must be (B, T, H), but {name} is {tuple(hidden.shape)}")
-
-
 def _check_pair(p_hidden: Tensor, p_head: nn.Linear, q_hidden: Tensor, q_head: nn.Linear) -> None:
-    _check_batch("p_hidden", p_hidden)
+    check_batch("p_hidden", p_hidden)
     if p_hidden.shape[:-1] != q_hidden.shape[:-1]:
         raise ValueError(
             f"p_hidden is {tuple(p_hidden.shape)} and q_hidden is {tuple(q_hidden.shape)}: "
