@@ -251,6 +251,17 @@ def test_half_precision_heads_are_added_up_in_float32(blocks, trains, dtype):
         torch.testing.assert_close(our, their, rtol=0.02, atol=0.02 * their.abs().max().item())
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_hundreds_of_blocks_are_added_up_in_float32(blocks, trains):
+    hidden = normal(0, 1, 8, 6, scale=0.1).bfloat16().requires_grad_()
+    layer = head(1, 6, 2003, dtype=torch.bfloat16, trains=trains)
+    with torch.no_grad():
+        layer.weight.mul_(0.1).add_(1.0)  # all pull the same way: a sum kept in bfloat16 would come to a halt
+    ours, theirs = both_ways(hidden, layer, torch.arange(8)[None] * 250)
+    # The words' mean weight, about 1, is rounded by the product to bfloat16, to 2^-9 of it.
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0.0, atol=0.02)
+
+
 def test_a_token_that_is_almost_certain_keeps_the_digits_of_its_gradient(blocks):
     hidden, layer = normal(0, 1, 1, 6).bfloat16().requires_grad_(), head(1, 6, 23, dtype=torch.bfloat16, trains=False)
     with torch.no_grad():
