@@ -68,6 +68,7 @@ def test_a_training_is_shown_and_is_the_one_without_a_panel():
     assert run is panel.run
     assert run.history == make(beta=0.5).train(3).history
     assert panel.readout.value != before
+    panel.stop()  # of what is done already says nothing
     assert "Done: 3 iterations." in panel.status.value
 
 
@@ -98,6 +99,7 @@ async def test_the_start_button_returns_at_once_and_stop_ends_it():
     assert panel.run.history == []
     await until(lambda: len(panel.run.history) > 1)
     stop.click()
+    assert "Stopping after this iteration" in panel.status.value
     assert 1 < len((await panel.wait()).history) < 10_000
 
 
@@ -116,6 +118,7 @@ async def test_pause_holds_it_and_pause_again_lets_it_go_on():
     _, pause, _ = panel.buttons
     await until(lambda: panel.run.history)
     pause.click()
+    assert "Pausing after this iteration" in panel.status.value
     await until(lambda: "Paused: iteration" in panel.status.value)
     held = len(panel.run.history)
     await asyncio.sleep(0.2)

@@ -80,7 +80,7 @@ class TrainPanel(Panel):
 
         Raises RuntimeError if a training runs already, or where no event loop runs: notebooks have one.
         """
-        if self._training is not None and not self._training.done():
+        if self._runs():
             raise RuntimeError("this panel's training is running already: stop it first")
         loop = self._loop or _running_loop()
         if loop is None:
@@ -103,10 +103,14 @@ class TrainPanel(Panel):
     def pause(self) -> None:
         """Hold the training after its present iteration; asked again, let it go on."""
         self._paused = not self._paused
+        if self._paused and self._runs():
+            self._show("Pausing after this iteration …")
 
     def stop(self) -> None:
         """End the training after its present iteration."""
         self._stopping = True
+        if self._runs():
+            self._show("Stopping after this iteration …")
 
     async def wait(self) -> TrainRun:
         """Return the run when its training has ended, and raise what ended it, a Ctrl-C too.
@@ -137,6 +141,9 @@ class TrainPanel(Panel):
         self.stop()
         hide(self._watched)
         display(Picture(self.figure(), self.alt))
+
+    def _runs(self) -> bool:
+        return self._training is not None and not self._training.done()
 
     def _history(self) -> list[Record]:
         return [] if self.run is None else self.run.history
