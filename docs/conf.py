@@ -3,6 +3,7 @@
 Sphinx's source folder is the project's, so that links between notebooks, pages and files work here as on disk.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,20 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "article_header_end": ["language.html", "article-header-buttons.html"],
 }
+# Where a reader can run a page, with a kernel and live panels: `REFKL_REPOSITORY=https://github.com/… make site`, and
+# REFKL_HUB for a room's JupyterHub. Without them there are no such buttons, and nothing on a page leads elsewhere.
+if repository := os.environ.get("REFKL_REPOSITORY"):
+    html_theme_options |= {
+        "repository_url": repository,
+        "repository_branch": "main",
+        "use_repository_button": True,
+        "launch_buttons": {
+            "notebook_interface": "jupyterlab",
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+            "jupyterhub_url": os.environ.get("REFKL_HUB", ""),
+        },
+    }
 templates_path = [str(DOCS / "templates")]
 html_context = {"default_mode": "auto"}
 html_static_path = [str(DOCS / "static")]
