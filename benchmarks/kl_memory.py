@@ -135,24 +135,25 @@ def make_case(tokens: int, vocabulary: int, width: int, train_head: bool) -> Cas
     return Case(hidden.requires_grad_(), head.requires_grad_(train_head), ref_hidden, ref_head, ids)
 
 
-def run(way: Way, case: Case) -> Result:
-    """Return the value and the gradients."""
+def run(way: Way, case: Case) -> Result | None:
+    """Return the value and the gradients, None if that does not fit in memory."""
     case.drop_gradients()
-    value = way(case)
-    value.backward()
+    try:
+        value = way(case)
+        value.backward()
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return None
     return value.item(), [g for g in (case.hidden.grad, case.head.weight.grad) if g is not None]
 
 
 def extra_bytes(way: Way, case: Case) -> int | None:
     """Return the most that the CPU's allocator had given out at once beyond what was there before, None if too much."""
     case.drop_gradients()  # freed while the profiler counts, they would count as less than nothing
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            run(way, case)
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
-            raise
-        return None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        if run(way, case) is None:
+            return None
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -196,17 +197,18 @@ def table(title: str, ways: list[tuple[str, str, Way]], case: Case, products: in
     print(f"\n{title:<28}{'extra MiB':>10}{'ratio':>8}{'seconds':>10}{'ratio':>8}")
     there = [(label, way) for label, package, way in ways if find_spec(package)]
     peaks = {label: extra_bytes(way, case) for label, way in there}
-    fitting = [(label, way) for label, way in there if peaks[label]]
-    times: dict[str, list[float]] = {label: [] for label, _ in fitting}
+    times: dict[str, list[float]] = {label: [] for label, _ in there}
     results: dict[str, Result] = {}
     for _ in range(rounds):
-        for label, way in fitting:
+        for label, way in there:
             started = time.process_time()
-            results[label] = run(way, case)
-            times[label].append(time.process_time() - started)
-    first = fitting[0][0]
+            if peaks[label] and (result := run(way, case)):
+                results[label] = result
+                times[label].append(time.process_time() - started)
+    fitting = [label for label, _ in there if len(times[label]) == rounds]  # once may be luck
+    first = fitting[0]
     for label, _, _ in ways:
-        if label not in times:
+        if label not in fitting:
             print(f"{label:<28}  {'does not fit' if label in peaks else 'not installed'}")
             continue
         spent, usual = median(times[label]), median(times[first])

@@ -51,12 +51,15 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffle the notebooks, which come last, and leave each one's cells in order."""
+    """Shuffle the notebooks, and leave each one's cells in order; they come first.
+
+    They take longest, and a worker that has one left at the end works while the others wait.
+    """
     tests = [item for item in items if item.path.suffix != ".ipynb"]
     cells = [item for item in items if item.path.suffix == ".ipynb"]
     notebooks = [list(group) for _, group in groupby(cells, lambda cell: cell.path)]
     random.Random(ORDER).shuffle(notebooks)
-    items[:] = [*tests, *(cell for notebook in notebooks for cell in notebook)]
+    items[:] = [*(cell for notebook in notebooks for cell in notebook), *tests]
 
 
 def pytest_unconfigure() -> None:

@@ -86,12 +86,12 @@ def collected(order, monkeypatch):
     return [item.place for item in items]
 
 
-def test_notebooks_come_last_in_an_order_that_the_header_names(monkeypatch):
+def test_notebooks_come_first_in_an_order_that_the_header_names(monkeypatch):
     one, again, other = (collected(order, monkeypatch) for order in ("1", "1", "2"))
     assert "REFKL_ORDER=2" in conftest.pytest_report_header()
     assert one == again != other
     for places in (one, other):
         assert sorted(places) == list(range(10))
-        assert places[0] == 2  # the test
+        assert places[-1] == 2  # the test
         assert places[places.index(0) + 1] == 1  # a notebook's own cells
         assert places[places.index(3) + 1] == 4

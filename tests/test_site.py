@@ -1,6 +1,7 @@
 """The site as a reader has it: built without a warning, then opened from a folder, with and without JavaScript."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import refkl_lib
 from refkl_lib.lessons.course import exercises, solution
 from tools.pdf import CHROMIUM
-from tools.site import anchor, with_links, with_solutions
+from tools.site import TITLES, anchor, with_links, with_solutions
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [f"notebooks/{path.stem}.html" for path in NOTEBOOKS]
@@ -140,7 +141,7 @@ def test_every_exercise_has_its_hints_and_its_solution_folded(pages):
 def test_a_solution_goes_below_the_cell_that_checks_it():
     source = 'def k3(p, q):\n    """Return it."""\n    ...\n\n\ncheck("05.k3", k3)'
     made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell(source)])
-    kinds = [cell.cell_type for cell in with_solutions(made).cells]
+    kinds = [cell.cell_type for cell in with_solutions(made, TITLES).cells]
     assert kinds == ["code", "code", "markdown"]
 
 
@@ -154,6 +155,18 @@ def test_a_link_in_an_output_leads_to_the_page():
 
 def test_a_link_finds_a_heading_as_in_jupyter():
     assert anchor("What `eval()` is *for*") == "What-eval()-is-for"
+
+
+def test_a_site_with_a_repository_leads_to_the_notebook_with_a_kernel(tmp_path):
+    where = {"REFKL_REPOSITORY": "https://github.com/some/kit", "REFKL_HUB": "https://hub.example.org"}
+    only = ["-D", "include_patterns=docs/index.md,notebooks/02_full_clone.ipynb"]
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", *only, ".", tmp_path]
+    subprocess.run(command, cwd=ROOT, env=os.environ | where, capture_output=True, check=True)
+    page = BeautifulSoup((tmp_path / "notebooks/02_full_clone.html").read_text(), "html.parser")
+    found = [link["href"] for link in page.select(".dropdown-launch-buttons a")]
+    assert [link for link in found if "02_full_clone.ipynb" not in unquote(link)] == []
+    assert [urlsplit(link).netloc for link in found] == ["mybinder.org", "hub.example.org", "colab.research.google.com"]
+    assert found[0] == "https://mybinder.org/v2/gh/some/kit/main?urlpath=lab/tree/notebooks/02_full_clone.ipynb"
 
 
 def test_lessons_follow_each_other(pages):

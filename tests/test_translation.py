@@ -232,6 +232,16 @@ def test_each_page_leads_to_the_same_page_in_the_other_language(pages):
         assert link["hreflang"] == pages[other].html["lang"]
 
 
+def test_what_is_folded_below_an_exercise_is_named_in_the_language_of_its_page(pages):
+    def titles(page: str) -> list[str]:
+        return [title for one in pages[page].select("details > summary") if "08." in (title := one.get_text())]
+
+    english, chinese = titles("notebooks/08_article_under_test.html"), titles("zh/notebooks/08_article_under_test.html")
+    assert english[0].startswith("Hints for 08.")
+    assert [title for title in chinese if not CHINESE.search(title)] == []
+    assert [re.findall(r"08\.\S+", title) for title in chinese] == [re.findall(r"08\.\S+", title) for title in english]
+
+
 def test_the_site_is_named_in_its_language(pages):
     assert pages["zh/docs/glossary.html"].title.get_text() == "术语表 — 参考模型工具包"
     assert pages["docs/glossary.html"].title.get_text() == "Glossary — The reference-model kit"

@@ -42,18 +42,22 @@ def complete(app: Sphinx, name: str, source: list[str]) -> None:
     if name in LISTS:
         source[0] += f"\n% {ENGLISH}\n" + "".join(LISTS[name]())
     elif app.env.doc2path(name).suffix == ".ipynb":
-        source[0] = nbformat.writes(with_links(with_solutions(nbformat.reads(source[0], as_version=4))))
+        titles = CHINESE_TITLES if is_translated(app, name) else TITLES
+        source[0] = nbformat.writes(with_links(with_solutions(nbformat.reads(source[0], as_version=4), titles)))
 
 
-def with_solutions(notebook: NotebookNode) -> NotebookNode:
-    """Return the notebook with folded hints and a folded solution below each cell that checks an exercise."""
+def with_solutions(notebook: NotebookNode, titles: tuple[str, str]) -> NotebookNode:
+    """Return the notebook with hints and a solution folded under these titles, below each cell that checks an exercise.
+
+    The exercise's name takes the place of {} in a title.
+    """
     checked = {call.number: call.id for call in calls(notebook, "check")}
     numbers = {cell.id: number for number, cell in enumerate(code_cells(notebook), 1)}
     cells = []
     for cell in notebook.cells:
         cells.append(cell)
         if exercise := checked.get(numbers.get(cell.id, 0)):
-            cells.append(new_markdown_cell(folded(exercise)))
+            cells.append(new_markdown_cell(folded(exercise, titles)))
     return NotebookNode(notebook | {"cells": cells})
 
 
@@ -67,13 +71,13 @@ def with_links(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def folded(exercise: str) -> str:
+def folded(exercise: str, titles: tuple[str, str]) -> str:
     """Return Markdown with an exercise's hints and its solution, each behind a line that opens it."""
     hints = "\n".join(f"{number}. {hint}" for number, hint in enumerate(find(exercise).hints, 1))
     code = f"```python\n{solution(exercise)}\n```"
     return "\n\n".join(
-        f"<details>\n<summary>{title} {exercise}</summary>\n\n{text}\n\n</details>"
-        for title, text in [("Hints for", hints), ("A solution of", code)]
+        f"<details>\n<summary>{title.format(exercise)}</summary>\n\n{text}\n\n</details>"
+        for title, text in zip(titles, (hints, code), strict=True)
     )
 
 
@@ -151,5 +155,7 @@ def anchor(title: str) -> str:
     return re.sub(r"[*_`]", "", title).replace(" ", "-")
 
 
+TITLES = ("Hints for {}", "A solution of {}")
+CHINESE_TITLES = ("{} 的提示", "{} 的一种解法")  # in HTML, which catalogues leave out
 ENGLISH = "From here on, the page is written elsewhere, in English."
 LISTS = {"docs/library": library, "docs/instructor/mistakes": mistakes}
