@@ -55,7 +55,7 @@ def test_binder_fetches_the_model():
     assert os.access(ROOT / "postBuild", os.X_OK)
 
 
-@pytest.mark.parametrize("name", ["server", "one-lab-each", "in-the-room", "gather"])
+@pytest.mark.parametrize("name", ["server", "hub", "one-lab-each", "in-the-room", "gather"])
 def test_commands_are_well_formed(name):
     assert subprocess.run(["bash", "-n"], input=block(name), text=True, check=False).returncode == 0
 

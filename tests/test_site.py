@@ -16,6 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from checkout import ROOT
 from playwright.sync_api import Browser, Page, sync_playwright
+from test_room import block
 
 import refkl_lib
 from refkl_lib.lessons.course import exercises, solution
@@ -158,7 +159,9 @@ def test_a_link_finds_a_heading_as_in_jupyter():
 
 
 def test_a_site_with_a_repository_leads_to_the_notebook_with_a_kernel(tmp_path):
-    where = {"REFKL_REPOSITORY": "https://github.com/some/kit", "REFKL_HUB": "https://hub.example.org"}
+    *variables, make, target = block("buttons").split()
+    assert (make, target) == ("make", "site")
+    where = dict(variable.split("=") for variable in variables)
     only = ["-D", "include_patterns=docs/index.md,notebooks/02_full_clone.ipynb"]
     command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", *only, ".", tmp_path]
     subprocess.run(command, cwd=ROOT, env=os.environ | where, capture_output=True, check=True)
@@ -166,7 +169,7 @@ def test_a_site_with_a_repository_leads_to_the_notebook_with_a_kernel(tmp_path):
     found = [link["href"] for link in page.select(".dropdown-launch-buttons a")]
     assert [link for link in found if "02_full_clone.ipynb" not in unquote(link)] == []
     assert [urlsplit(link).netloc for link in found] == ["mybinder.org", "hub.example.org", "colab.research.google.com"]
-    assert found[0] == "https://mybinder.org/v2/gh/some/kit/main?urlpath=lab/tree/notebooks/02_full_clone.ipynb"
+    assert found[0] == "https://mybinder.org/v2/gh/you/kit/main?urlpath=lab/tree/notebooks/02_full_clone.ipynb"
 
 
 def test_lessons_follow_each_other(pages):

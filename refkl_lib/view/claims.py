@@ -21,7 +21,7 @@ LOOKS: dict[Verdict, tuple[str, str, str]] = {
     FAILS: ("✗", "#D55E00", ":"),
 }
 # Each column with its share of the width, in percent.
-COLUMNS = {"claim": 6, "the article says": 30, "verdict": 13, "measured here": 34, "lesson": 17}
+COLUMNS = {"claim": 9, "the article says": 27, "verdict": 17, "measured here": 30, "lesson": 17}
 CELL = "text-align:left;vertical-align:top;padding:4px 12px 4px 0;border-top:1px solid #8884"
 WIDTH, HEIGHT = 1.5, 0.62  # of a claim's box, in the picture's units
 
@@ -75,7 +75,8 @@ def _row(row: Finding) -> str:
     border = f"border-left:4px {'solid' if line == '-' else 'dashed' if line == '--' else 'dotted'} {color}"
     words = f'<span aria-hidden="true">{sign}</span> {row.verdict}'
     verdict = f'<span style="{border};padding-left:6px;display:inline-block">{words}</span>'
-    lesson = f'<a href="{escape(claim.lesson)}">{claim.lesson.partition(".")[0]}</a>'
+    name = claim.lesson.partition(".")[0].replace("_", "_<wbr>")  # a narrow column breaks it there
+    lesson = f'<a href="{escape(claim.lesson)}">{name}</a>'
     texts = (escape(claim.says), verdict, escape(row.number), lesson)
     cells = "".join(f'<td style="{CELL};overflow-wrap:anywhere">{text}</td>' for text in texts)
     return f'<tr><th scope="row" style="{CELL}">{claim.id}</th>{cells}</tr>'

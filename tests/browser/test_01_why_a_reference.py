@@ -4,10 +4,10 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from .notebook import Light, Notebook, controls_of, find, outputs, try_setting
+from .notebook import Notebook, controls_of, find, outputs, try_setting
 
 
-class TestWhy(Light, Notebook):
+class TestWhy(Notebook):
     name = "01_why_a_reference.ipynb"
     controls = ("radiogroup direction", "combobox measure", "slider token")
     panels = 3

@@ -1,7 +1,7 @@
-"""A notebook without controls: it runs, twice."""
+"""A notebook without controls: it runs."""
 
-from .notebook import Light, Notebook
+from .notebook import Notebook
 
 
-class TestAdapter(Light, Notebook):
+class TestAdapter(Notebook):
     name = "03_adapter_switch.ipynb"
