@@ -42,14 +42,17 @@ html_theme_options = {
 # Where a reader can run a page, with a kernel and live panels: `REFKL_REPOSITORY=https://github.com/… make site`, and
 # REFKL_HUB for a room's JupyterHub. Without them there are no such buttons, and nothing on a page leads elsewhere.
 if repository := os.environ.get("REFKL_REPOSITORY"):
+    on_github = repository.startswith("https://github.com/")  # Colab opens notebooks from there alone
     html_theme_options |= {
         "repository_url": repository,
+        # Of a host that the theme does not know, it wants to be told whose addresses it copies.
+        "repository_provider": "gitlab" if "gitlab" in repository else "github",
         "repository_branch": "main",
         "use_repository_button": True,
         "launch_buttons": {
             "notebook_interface": "jupyterlab",
             "binderhub_url": "https://mybinder.org",
-            "colab_url": "https://colab.research.google.com",
+            "colab_url": "https://colab.research.google.com" if on_github else "",
             "jupyterhub_url": os.environ.get("REFKL_HUB", ""),
         },
     }

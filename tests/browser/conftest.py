@@ -1,6 +1,7 @@
 """One JupyterLab and one browser for all notebooks, and for each test class its notebook's page.
 
-Set REFKL_SCREENSHOTS to a folder, and each notebook is photographed after its run: at two widths, in both themes.
+Set REFKL_SCREENSHOTS to a folder, and each notebook is photographed after its run: wide in the light theme,
+narrow in the dark one.
 """
 
 import os
