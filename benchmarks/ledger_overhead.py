@@ -1,12 +1,13 @@
-"""Measure how much longer a training step takes while a ledger counts, and while PyTorch's profiler does.
+"""Measure how much longer a training step takes while a ledger counts, and what of that is PyTorch's own way to it.
 
     python benchmarks/ledger_overhead.py                  smollm2
     python benchmarks/ledger_overhead.py pocket --rounds 30
 
-One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. Steps with nothing, with a
-ledger and with `torch.profiler(profile_memory=True)` take turns, so that a machine that gets slower or faster meanwhile
-does so for all. What is left of noise on a CPU comes from memory that is given back and fetched again; glibc keeps it
-when told to:
+One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. It is taken with nothing;
+with a dispatch mode that does nothing but pass operations on; with a ledger, which is such a mode and counts; and with
+`torch.profiler(profile_memory=True)`, which tells nothing before its end. They take turns, so that a machine that gets
+slower or faster meanwhile does so for all. What is left of noise on a CPU comes from memory that is given back and
+fetched again; glibc keeps it when told to:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/ledger_overhead.py
 """
@@ -17,10 +18,12 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refkl_lib import CloneReference, MemoryLedger, load_model, policy_loss
 
@@ -54,9 +57,22 @@ def seconds_of(step: Callable[[], None]) -> Seconds:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
+class PassOn(TorchDispatchMode):
+    """The least that a look at every operation costs: the way into Python and back."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as the ledger's; otherwise the way is several times as long
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run the operation."""
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
 def watchers(ledger: MemoryLedger) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """Return what can look at a step's memory, and nothing to compare with."""
-    return {"nothing": nullcontext, "ledger": lambda: ledger, "profiler": lambda: profile(profile_memory=True)}
+    profiler = partial(profile, profile_memory=True)
+    return {"nothing": nullcontext, "empty mode": PassOn, "ledger": lambda: ledger, "profiler": profiler}
 
 
 def measure(step: Callable[[], None], ledger: MemoryLedger, rounds: int) -> dict[str, list[Seconds]]:

@@ -3,9 +3,9 @@
     python benchmarks/panel_overhead.py
     python benchmarks/panel_overhead.py --rounds 20
 
-With and without take turns. A step is that of ledger_overhead.py; an iteration is notebook 07's: sample, score, learn.
-The last lines are about an hour: as many drawings of a MemoryPanel as an hour brings, as fast as they come, and the
-kernel's memory after a tenth of them and after all.
+With and without take turns. A step and the empty mode are those of ledger_overhead.py; an iteration is notebook 07's:
+sample, score, learn. The last lines are about an hour: as many drawings of a MemoryPanel as an hour brings, as fast as
+they come, and the kernel's memory after a tenth of them and after all.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import psutil
 import torch
-from ledger_overhead import seconds_of, training_step
+from ledger_overhead import PassOn, seconds_of, training_step
 from nbclient import NotebookClient
 
 from refkl_lib import MemoryPanel, TrainPanel, TrainRun
@@ -31,11 +31,12 @@ MIB = 2**20
 
 
 def steps(rounds: int) -> None:
-    """Print how long a training step takes with nothing, a ledger and a MemoryPanel."""
+    """Print how long a training step takes with nothing, an empty dispatch mode, a ledger and a MemoryPanel."""
     step, ledger = training_step("smollm2", 2, 128)
 
     watchers: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "nothing": nullcontext,
+        "empty mode": PassOn,
         "ledger": lambda: ledger,
         "MemoryPanel": MemoryPanel,
     }
@@ -95,16 +96,21 @@ def hour() -> None:
             print(f"after {seen:>6,} drawings {psutil.Process().memory_info().rss / MIB:>8.0f} MiB")
 
 
+def capstone_code() -> list[str]:
+    """Return the notebook's cells up to the one that defines `make_run`."""
+    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    last = next(place for place, source in enumerate(code) if "def make_run" in source)
+    return code[: last + 1]
+
+
 def main() -> None:
     """Measure in a kernel, and print what it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     print(f"smollm2, medians of {rounds} rounds")
-    code = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    last = next(place for place, source in enumerate(code) if "def make_run" in source)
     measured = [f"steps({rounds})", f"await iterations(make_run, {rounds})", "hour()"]
-    sources = [*code[: last + 1], "from panel_overhead import *", *measured]
+    sources = [*capstone_code(), "from panel_overhead import *", *measured]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": Path(__file__).parent}}).execute()
     for cell in notebook.cells[-len(measured) :]:

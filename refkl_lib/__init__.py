@@ -52,6 +52,7 @@ _HOME_OF = {
     "copy_under_zero3": "ranks.copies",
     "shards": "ranks.shards",
     "TrainRun": "train.run",
+    "launch_train": "train.launch",
     "advise": "advisor.advise",
     "Advice": "advisor.advise",
     "run_strategy": "comparison",

@@ -49,6 +49,23 @@ def test_the_reward_rises_and_without_a_leash_the_policy_leaves():
     assert [record.iteration for record in free.history] == list(range(25))
 
 
+def test_who_watches_a_step_sees_it_learn_and_not_write():
+    seen = []
+
+    class Watch:
+        def __enter__(self):
+            seen.append(("learning begins", len(run.history)))
+
+        def __exit__(self, *exception):
+            seen.append(("learning ends", len(run.history)))
+
+    run = make(reward=lambda text: seen.append("a text") or 0.0, prompts=["ab"], group=2)
+    run.step(watch=Watch())
+    assert seen == ["a text", "a text", ("learning begins", 0), ("learning ends", 1)]
+    run.step()  # as unseen as before
+    assert seen[4:] == ["a text", "a text"]
+
+
 @pytest.mark.parametrize(("strategy", "lora"), [("clone", True), ("swap", False), ("clone", False)])
 def test_every_strategy_gives_the_same_run(strategy, lora):
     learning_rate = 1e-2 if lora else 1e-3

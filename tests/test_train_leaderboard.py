@@ -7,7 +7,7 @@ import pytest
 
 from refkl_lib import enter, leaderboard, predict
 from refkl_lib.lessons import store
-from refkl_lib.train.run import Record
+from refkl_lib.train.records import Record
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 from refkl_lib import TrainPanel, TrainRun, add_lora, create_reference, frontier, load_model, load_tokenizer
 from refkl_lib.memory.ledger import OWNERS
 from refkl_lib.tensors import storage_bytes
-from refkl_lib.train.run import Record
+from refkl_lib.train.records import Record
 from refkl_lib.units import MIB
 from refkl_lib.view.train_figures import frontier_figure, readout_html, train_figure
 

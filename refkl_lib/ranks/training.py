@@ -5,6 +5,7 @@ that a single process computes.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -76,6 +77,7 @@ def connect(timeout: float = 600.0) -> None:
         # An operator for inference alone: it takes a compiler and a minute to build, and leaves shared
         # memory behind when a rank is killed. Training talks through gloo with it or without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # on CPU ranks there is nothing to choose
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
 
 

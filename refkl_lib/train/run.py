@@ -15,9 +15,9 @@ then makes more probable what was better than its group. What grows is
 so beta is the price of a nat, in units of the reward.
 """
 
-import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -33,26 +33,11 @@ from refkl_lib.reference.base import Reference
 from refkl_lib.step import checked_beta
 from refkl_lib.tensors import tensors_of
 from refkl_lib.train.checks import Penalty, Place, check_run, checked_reward
+from refkl_lib.train.records import Record, kl_and_entropy
 from refkl_lib.train.resume import dice, read_checkpoint, unbroken, write_checkpoint
 from refkl_lib.train.texts import Texts, write_texts
 
 SETTINGS = ("prompts", "kl", "place", "ratio", "group", "new_tokens", "learning_rate", "sync_every", "alpha", "seed")
-
-
-@dataclass(frozen=True)
-class Record:
-    """What an iteration saw before its step: means over its texts, and one of them.
-
-    `kl` is the exact KL(policy‖reference) in nats a text, whatever the loss has; `entropy` is in nats a token.
-    """
-
-    iteration: int
-    beta: float
-    reward: float
-    kl: float
-    entropy: float
-    loss: float
-    sample: str
 
 
 def group_loss(
@@ -130,26 +115,34 @@ class TrainRun:
         """Let `train` return after the present iteration; any thread may ask."""
         self._stopped.set()
 
-    def step(self) -> Record:
-        """Make one iteration and return its record. Raises ValueError if the loss is not finite; then nothing moves."""
-        iteration, beta = len(self.history), checked_beta(self.beta)
-        with dice(self.seed, iteration):
+    def step(self, watch: AbstractContextManager[object] | None = None) -> Record:
+        """Make one iteration and return its record. Raises ValueError if the loss is not finite; then nothing moves.
+
+        `watch`, a ledger say, is entered while the policy learns from its texts, not while it writes them.
+        """
+        beta = checked_beta(self.beta)
+        with dice(self.seed, len(self.history)):
             texts = write_texts(self.policy, self.tokenizer, self.prompts, self.group, self.new_tokens)
             rewards = torch.tensor([checked_reward(self.reward(words), words) for words in texts.words])
-            # The reference first: under ZeRO-3 no other pass may come between the policy's and its backward.
-            ref_logits = self.reference.logits(**texts.inputs)[:, :-1]
-            logits = self.policy(**texts.inputs).logits[:, :-1]
-            groups = rewards.to(logits).view(len(self.prompts), self.group)
-            loss = group_loss(logits, ref_logits, texts, groups, beta, self.kl, self.place, self.ratio)
-            self.optimizer.zero_grad()
-            loss.backward()
+            with watch or nullcontext():
+                return self._learn(texts, rewards, beta)
+
+    def _learn(self, texts: Texts, rewards: Tensor, beta: float) -> Record:
+        # The reference first: under ZeRO-3 no other pass may come between the policy's and its backward.
+        ref_logits = self.reference.logits(**texts.inputs)[:, :-1]
+        logits = self.policy(**texts.inputs).logits[:, :-1]
+        groups = rewards.to(logits).view(len(self.prompts), self.group)
+        loss = group_loss(logits, ref_logits, texts, groups, beta, self.kl, self.place, self.ratio)
+        self.optimizer.zero_grad()
+        loss.backward()
         gradients = [weight.grad for weight in self.trained.values() if weight.grad is not None]
+        iteration = len(self.history)
         if not all(value.isfinite().all() for value in (loss, *gradients)):
             raise ValueError(
                 f"loss {loss.item()} or its gradient is not finite in iteration {iteration}, so no step was taken: "
                 f"go back to a checkpoint, and take a learning_rate below {self.learning_rate} or a beta below {beta}"
             )
-        kl, entropy = _kl_and_entropy(logits.detach(), ref_logits, texts.mask)
+        kl, entropy = kl_and_entropy(logits.detach(), ref_logits, texts.mask)
         record = Record(iteration, beta, rewards.mean().item(), kl, entropy, loss.item(), texts.words[0])
         with unbroken():
             self.optimizer.step()
@@ -190,11 +183,3 @@ class TrainRun:
             "beta": self.beta,
             "history": [asdict(record) for record in self.history],
         }
-
-
-@torch.no_grad()
-def _kl_and_entropy(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Return the KL in nats a text and the entropy in nats a token, which is log V - KL(policy‖uniform)."""
-    uniform = logits.new_zeros(1).expand_as(logits)
-    kl = exact_kl(logits, ref_logits, mask, "sequence").mean()
-    return kl.item(), math.log(logits.shape[-1]) - exact_kl(logits, uniform, mask).item()

@@ -18,14 +18,15 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from refkl_lib.memory.ledger import MemoryLedger
-from refkl_lib.train.run import Record, TrainRun
+from refkl_lib.train.records import Record
+from refkl_lib.train.run import TrainRun
 from refkl_lib.view.choice import Menu, Slider, named
 from refkl_lib.view.panel import Live, Panel, Picture, button, hide, message
 from refkl_lib.view.train_figures import Peak, readout_html, train_figure
 
 TURN = 0.02  # seconds between two iterations, in which buttons and other cells are heard
 PAUSE = 0.25  # seconds between two drawings, at least
-WEIGH_EVERY = 5  # iterations; a ledger makes one longer by a tenth or two
+WEIGH_EVERY = 5  # iterations; a ledger makes learning longer by a tenth
 BETAS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SYNCS = [("never", None), ("every 5 iterations", 5), ("every iteration", 1)]
 
@@ -197,12 +198,11 @@ class TrainPanel(Panel):
 
 
 def weighed_step(run: TrainRun) -> Peak:
-    """Let a run make one step, and return the bytes at its peak, by owner."""
+    """Let a run make one step, and return the bytes at the peak of its learning, by owner."""
     ledger = MemoryLedger()
     for name in ("policy", "reference", "optimizer"):
         ledger.own(name, getattr(run, name))
-    with ledger:
-        run.step()
+    run.step(watch=ledger)
     return ledger.peak()
 
 

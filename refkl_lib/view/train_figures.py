@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
-from refkl_lib.train.run import Record
+from refkl_lib.train.records import Record
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.curves import STYLES
 from refkl_lib.view.figures import OTHER
