@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from sphinx.errors import ConfigError
+
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
@@ -41,6 +43,7 @@ html_theme_options = {
 }
 # Where a reader can run a page, with a kernel and live panels: `REFKL_REPOSITORY=https://github.com/… make site`, and
 # REFKL_HUB for a room's JupyterHub. Without them there are no such buttons, and nothing on a page leads elsewhere.
+hub = os.environ.get("REFKL_HUB", "")
 if repository := os.environ.get("REFKL_REPOSITORY"):
     on_github = repository.startswith("https://github.com/")  # Colab opens notebooks from there alone
     html_theme_options |= {
@@ -53,9 +56,11 @@ if repository := os.environ.get("REFKL_REPOSITORY"):
             "notebook_interface": "jupyterlab",
             "binderhub_url": "https://mybinder.org",
             "colab_url": "https://colab.research.google.com" if on_github else "",
-            "jupyterhub_url": os.environ.get("REFKL_HUB", ""),
+            "jupyterhub_url": hub,
         },
     }
+elif hub:
+    raise ConfigError(f"REFKL_HUB is {hub}, and the hub has to be told what to fetch: set REFKL_REPOSITORY as well")
 templates_path = [str(DOCS / "templates")]
 html_context = {"default_mode": "auto"}
 html_static_path = [str(DOCS / "static")]

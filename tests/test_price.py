@@ -143,6 +143,15 @@ def test_masters_train_as_full_precision_does():
     assert training.masters[0][1].grad is None
 
 
+def test_a_configuration_is_only_read():
+    config = LlamaConfig(**CONFIGS["llama"].to_dict())
+    before = dict(vars(config))
+    plain = price(config, "clone", batch=2, seq=64)
+    assert price(config, "clone", batch=2, seq=64, attention="eager", dtype="fp32").owners != plain.owners
+    assert vars(config) == before
+    assert price(config, "clone", batch=2, seq=64).owners == plain.owners  # so what was asked before changes nothing
+
+
 def test_logits_attention_and_checkpointing_cost_what_they_should():
     config = LlamaConfig(**CONFIGS["llama"].to_dict() | {"vocab_size": 4096, "num_hidden_layers": 8})
     settings: dict[str, Any] = {"batch": 4, "seq": 512}

@@ -169,16 +169,26 @@ def test_a_link_finds_a_heading_as_in_jupyter():
 def test_a_site_with_a_repository_leads_to_the_notebook_with_a_kernel(tmp_path, host, binder, colab):
     *variables, make, target = block("buttons").split()
     assert (make, target) == ("make", "site")
-    where = dict(variable.replace("github.com", host).split("=") for variable in variables)
-    only = ["-D", "include_patterns=docs/index.md,notebooks/02_full_clone.ipynb"]
-    command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", *only, ".", tmp_path]
-    built = subprocess.run(command, cwd=ROOT, env=os.environ | where, capture_output=True, text=True, check=True)
+    built = one_page(tmp_path, dict(variable.replace("github.com", host).split("=") for variable in variables))
+    assert built.returncode == 0
     assert "Provider" not in built.stderr  # a warning of the theme's, and so the end of `make site`
     page = BeautifulSoup((tmp_path / "notebooks/02_full_clone.html").read_text(), "html.parser")
     found = [link["href"] for link in page.select(".dropdown-launch-buttons a")]
     assert [link for link in found if "02_full_clone.ipynb" not in unquote(link)] == []
     assert [urlsplit(link).netloc for link in found] == ["mybinder.org", "hub.example.org", *colab]
     assert found[0] == f"https://mybinder.org/v2/{binder}/main?urlpath=lab/tree/notebooks/02_full_clone.ipynb"
+
+
+def test_a_hub_without_a_repository_is_not_overlooked(tmp_path):
+    built = one_page(tmp_path, {"REFKL_HUB": "https://hub.example.org"})
+    assert built.returncode != 0
+    assert "set REFKL_REPOSITORY as well" in built.stderr
+
+
+def one_page(folder, variables):
+    only = ["-D", "include_patterns=docs/index.md,notebooks/02_full_clone.ipynb"]
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-c", "docs", *only, ".", folder]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
 
 
 def test_lessons_follow_each_other(pages):

@@ -83,7 +83,7 @@ def price(
     """
     settings = {name: value for name, value in locals().items() if name != "model"}
     _check(settings)
-    config = config_of(model)
+    config = copy.deepcopy(config_of(model))  # transformers notes in it what a model is made of
     label = config.model_type if isinstance(model, PreTrainedConfig) else os.fspath(model)
     return _bill(config, label, settings)
 
