@@ -35,6 +35,7 @@ test: .venv/.test ## set up what is missing and check everything: style, types, 
 bench: .venv/.test ## measure speed and memory on this machine, into benchmarks/RESULTS.md
 	$(FETCH_MODEL)
 	$(RUN) -m tools.bench benchmarks/RESULTS.md benchmarks/*.py "benchmarks/price.py --truth" \
+	    "benchmarks/frontier.py --group 8" \
 	    "benchmarks/kl_memory.py --tokens 512 2048 --vocabulary 49152 151936" \
 	    "benchmarks/kl_memory.py --tokens 8192 --vocabulary 49152 151936 --rounds 1"
 

@@ -63,7 +63,8 @@ def main() -> None:
             kl, reward = way[-1]
             there = reward_at(free, kl) if beta else None
             shown = "" if there is None else f"{there:.1f}"
-            print(f"{seed:<6}{beta:>6g}{way[0][1]:>10.1f}{reward:>9.1f}{kl:>8.2f}{shown:>14}", flush=True)
+            line = f"{seed:<6}{beta:>6g}{way[0][1]:>10.1f}{reward:>9.1f}{kl:>8.2f}{shown:>14}"
+            print(line.rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@
 
 One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. It is taken with nothing;
 with a dispatch mode that does nothing but pass operations on; with a ledger, which is such a mode and counts; and with
-`torch.profiler(profile_memory=True)`, which tells nothing before its end. They take turns, so that a machine that gets
-slower or faster meanwhile does so for all. What is left of noise on a CPU comes from memory that is given back and
-fetched again; glibc keeps it when told to:
+`torch.profiler(profile_memory=True)`, which tells nothing before its end. They take turns, in another order each round,
+so that a machine that gets slower or faster meanwhile does so for all. What is left of noise on a CPU comes from memory
+that is given back and fetched again; glibc keeps it when told to:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/ledger_overhead.py
 """
 
 import argparse
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from refkl_lib import CloneReference, MemoryLedger, load_model, policy_loss
 
 Seconds = tuple[float, float]  # on the clock, of the processor
+Watcher = Callable[[], AbstractContextManager[Any]]
 
 
 def training_step(source: str, batch_size: int, tokens: int) -> tuple[Callable[[], None], MemoryLedger]:
@@ -69,17 +71,22 @@ class PassOn(TorchDispatchMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-def watchers(ledger: MemoryLedger) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+def watchers(ledger: MemoryLedger) -> dict[str, Watcher]:
     """Return what can look at a step's memory, and nothing to compare with."""
     profiler = partial(profile, profile_memory=True)
     return {"nothing": nullcontext, "empty mode": PassOn, "ledger": lambda: ledger, "profiler": profiler}
 
 
+def shuffled(watchers: dict[str, Watcher]) -> list[tuple[str, Watcher]]:
+    """Return the watchers in a new order: a step also depends on what the one before it left in memory and caches."""
+    return random.sample([*watchers.items()], len(watchers))
+
+
 def measure(step: Callable[[], None], ledger: MemoryLedger, rounds: int) -> dict[str, list[Seconds]]:
-    """Return the times of `rounds` steps under each watcher, in turn."""
+    """Return the times of `rounds` steps under each watcher."""
     times: dict[str, list[Seconds]] = {name: [] for name in watchers(ledger)}
     for turn in range(rounds + 1):
-        for name, watcher in watchers(ledger).items():
+        for name, watcher in shuffled(watchers(ledger)):
             with watcher():
                 seconds = seconds_of(step)
             if turn:  # The first step of each kind makes the optimizer's state and fills caches.
@@ -93,7 +100,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2", help="pocket, smollm2, a folder or a hub id")
     parser.add_argument("--batch", type=int, default=2, help="sequences in the batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument("--rounds", type=int, default=7, help="steps under each watcher")
+    parser.add_argument("--rounds", type=int, default=9, help="steps under each watcher")
     options = parser.parse_args()
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of its start and end
     times = measure(*training_step(options.model, options.batch, options.tokens), options.rounds)

@@ -12,14 +12,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
 import torch
-from ledger_overhead import PassOn, seconds_of, training_step
+from ledger_overhead import PassOn, Watcher, seconds_of, shuffled, training_step
 from nbclient import NotebookClient
 
 from refkl_lib import MemoryPanel, TrainPanel, TrainRun
@@ -34,7 +34,7 @@ def steps(rounds: int) -> None:
     """Print how long a training step takes with nothing, an empty dispatch mode, a ledger and a MemoryPanel."""
     step, ledger = training_step("smollm2", 2, 128)
 
-    watchers: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    watchers: dict[str, Watcher] = {
         "nothing": nullcontext,
         "empty mode": PassOn,
         "ledger": lambda: ledger,
@@ -42,7 +42,7 @@ def steps(rounds: int) -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in watchers}
     for turn in range(rounds + 1):
-        for name, watcher in watchers.items():
+        for name, watcher in shuffled(watchers):
             with watcher():
                 seconds, _ = seconds_of(step)
             if turn:  # the first step of each kind makes the optimizer's state and fills caches
@@ -106,7 +106,7 @@ def capstone_code() -> list[str]:
 def main() -> None:
     """Measure in a kernel, and print what it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(f"smollm2, medians of {rounds} rounds")
     measured = [f"steps({rounds})", f"await iterations(make_run, {rounds})", "hour()"]
