@@ -46,7 +46,8 @@ class Host:
         """Type a command into this host's terminal, in the folder with the hostfile."""
         with self.output.open("w") as output:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, "bash", "-c", command],
+                # Under nohup, tests would hand on that a terminal's end is to be ignored.
+                ["env", "--default-signal=HUP", "ip", "netns", "exec", self.namespace, "bash", "-c", command],
                 cwd=self.folder,
                 env=os.environ | {"NODE_RANK": str(self.rank)},
                 stdin=subprocess.DEVNULL,
