@@ -53,6 +53,7 @@ _HOME_OF = {
     "shards": "ranks.shards",
     "TrainRun": "train.run",
     "launch_train": "train.launch",
+    "SharedRun": "train.launch",
     "advise": "advisor.advise",
     "Advice": "advisor.advise",
     "run_strategy": "comparison",

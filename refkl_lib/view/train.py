@@ -38,8 +38,8 @@ class TrainPanel(Panel):
     takes turns with everything else in the kernel: after each iteration, buttons are heard and other cells may run. For
     that, a cell that waits for it says `await panel.train()`. `panel.start()`, `pause()` and `stop()` do what the
     buttons do. Inside a `with` block its readout is live, and leaves a picture behind; at its end nothing runs any
-    more. `panel.run` is the last run, with its history, and `panel.peaks` has the bytes by owner at the peak of every
-    fifth iteration from the second on, when the optimizer has its state.
+    more. `panel.run` is the last run, with its history, and `panel.peaks` has the bytes by owner at the peak of the
+    learning in every fifth iteration, from the second on, when the optimizer has its state. Writing takes less.
     """
 
     alt = "A training, iteration by iteration: reward, KL, loss and the bytes at the peak, by owner; and what it wrote."
