@@ -16,9 +16,10 @@ from typing import Any
 
 from panel_overhead import capstone_code
 
+from refkl_lib.view.train_figures import way_of
+
 BETAS = (0.0, 1.0, 4.0)
 MEAN_OF = 3
-Way = list[tuple[float, float]]  # (KL, reward), from the first iterations to the last
 
 
 def capstone() -> dict[str, Any]:
@@ -30,15 +31,9 @@ def capstone() -> dict[str, Any]:
     return names
 
 
-def way_of(history: Sequence[Any]) -> Way:
-    """Return a training's way: running means over MEAN_OF iterations."""
-    windows = [history[at : at + MEAN_OF] for at in range(len(history) - MEAN_OF + 1)]
-    return [tuple(sum(getattr(r, name) for r in window) / MEAN_OF for name in ("kl", "reward")) for window in windows]
-
-
-def reward_at(way: Way, kl: float) -> float | None:
-    """Return the reward where a way first passes a KL, None where it never does."""
-    for (low, before), (high, after) in pairwise(way):
+def reward_at(kls: Sequence[float], rewards: Sequence[float], kl: float) -> float | None:
+    """Return the reward where a training first passes a KL, None where it never does."""
+    for (low, before), (high, after) in pairwise(zip(kls, rewards, strict=True)):
         if low <= kl <= high:
             return before + (after - before) * (kl - low) / ((high - low) or 1)
     return None
@@ -55,15 +50,14 @@ def main() -> None:
     print(f"{options.iterations} iterations, {options.group} texts to each of four prompts")
     print(f"{'seed':<6}{'beta':>6}{'reward':>10}{'at last':>9}{'KL':>8}{'beta 0 there':>14}")
     for seed in range(options.seeds):
-        free: Way = []
         for beta in BETAS:
             run = make_run(beta=beta, seed=seed, group=options.group).train(options.iterations)
-            way = way_of(run.history)
-            free = free or way
-            kl, reward = way[-1]
-            there = reward_at(free, kl) if beta else None
+            kls, rewards = way_of(run.history, MEAN_OF)
+            if beta == 0:
+                free = kls, rewards
+            there = reward_at(*free, kls[-1]) if beta else None
             shown = "" if there is None else f"{there:.1f}"
-            line = f"{seed:<6}{beta:>6g}{way[0][1]:>10.1f}{reward:>9.1f}{kl:>8.2f}{shown:>14}"
+            line = f"{seed:<6}{beta:>6g}{rewards[0]:>10.1f}{rewards[-1]:>9.1f}{kls[-1]:>8.2f}{shown:>14}"
             print(line.rstrip(), flush=True)
 
 

@@ -21,8 +21,7 @@ def test_ranks_that_share_a_reference_train_as_one_process_does_with_its_adapter
     def make(strategy: str) -> TrainRun:  # a function in a function: it can only be sent by value
         torch.manual_seed(0)
         policy = add_lora(load_model("pocket", device="cpu"), rank=4)
-        options = {"source": "pocket"} if strategy == "zero3" else {}
-        reference = create_reference(policy, strategy, **options)
+        reference = create_reference(policy, strategy)
         return TrainRun(policy, reference, load_tokenizer("pocket"), prompts, len, new_tokens=6, learning_rate=1e-2)
 
     events = []

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from refkl_lib import add_lora, create_reference, load_model
 from refkl_lib.ranks.job import Job
 from refkl_lib.ranks.launch import command_for
-from refkl_lib.reference.zero3 import ZeRO3Reference, reference_config
+from refkl_lib.reference.zero3 import ZeRO3Reference, reference_config, source_of
 
 RANKS = 2
 CHECKS = re.findall(r"^@check\ndef (\w+)", Path(__file__).with_name("zero3_rank.py").read_text(), re.MULTILINE)
@@ -91,6 +93,21 @@ def test_an_offload_that_cannot_be_is_refused() -> None:
         reference_config({}, offload="disk")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs nvme_path="):
         reference_config({}, offload="nvme")
+
+
+def test_what_a_policy_was_loaded_from_is_found(tmp_path: Path) -> None:
+    load_model("pocket").save_pretrained(tmp_path)
+    policy = load_model(tmp_path)
+    engine = torch.nn.Module()
+    engine.module = policy
+    assert source_of(policy) == source_of(engine) == source_of(add_lora(load_model(tmp_path), 4)) == str(tmp_path)
+
+
+def test_a_policy_that_was_not_loaded_has_no_checkpoint_to_load_again() -> None:
+    tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    for policy in (LlamaForCausalLM(tiny), torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="was not loaded from one: save it"):
+            create_reference(policy, "zero3")
 
 
 def test_outside_of_a_job_it_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:

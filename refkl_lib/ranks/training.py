@@ -77,7 +77,8 @@ def connect(timeout: float = 600.0) -> None:
         # An operator for inference alone: it takes a compiler and a minute to build, and leaves shared
         # memory behind when a rank is killed. Training talks through gloo with it or without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # on CPU ranks there is nothing to choose
+    # Models are loaded to the current GPU, which else would be the same one for all ranks of a host.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
 
 

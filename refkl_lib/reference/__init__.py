@@ -13,8 +13,8 @@ def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Refere
     """Return a reference for `policy`, kept by `strategy`; the options are that strategy's own.
 
     "clone" copies the policy (`CloneReference`), "adapter" switches its adapter off
-    (`AdapterReference`), "zero3" loads a checkpoint again, partitioned over the ranks
-    (`ZeRO3Reference`, which needs `source=`), "swap" lets its weights wait in host memory (`SwapReference`),
+    (`AdapterReference`), "zero3" loads its checkpoint, or the one given as `source`, again, partitioned over the ranks
+    (`ZeRO3Reference`), "swap" lets its weights wait in host memory (`SwapReference`),
     "precomputed" computes log-probs of a data set once (`PrecomputedReference.compute`, which needs `batches=`,
     `folder=` and `tokenizer=`).
     Raises ValueError for an unknown strategy, and what the strategy raises if it does not fit the policy.
@@ -28,8 +28,10 @@ def create_reference(policy: nn.Module, strategy: str, **options: Any) -> Refere
 
         return AdapterReference(policy, **options)
     if strategy == "zero3":
-        from refkl_lib.reference.zero3 import ZeRO3Reference
+        from refkl_lib.reference.zero3 import ZeRO3Reference, source_of
 
+        if "source" not in options:
+            options["source"] = source_of(policy)
         return ZeRO3Reference(**options)
     if strategy == "swap":
         from refkl_lib.reference.swap import SwapReference

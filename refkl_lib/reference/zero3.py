@@ -104,6 +104,21 @@ class ZeRO3Reference(Reference):
         mix_weights(self.engine.module, getattr(policy, "module", policy), alpha, whole=_both_gathered)
 
 
+def source_of(policy: nn.Module) -> str:
+    """Return the checkpoint that a policy, its adapter's base or an engine's module was loaded from.
+
+    transformers notes it in the configuration (`name_or_path`); TRL finds it there as well. Raises ValueError if there
+    is no such note.
+    """
+    source = getattr(getattr(policy, "module", policy), "name_or_path", "")
+    if not source:
+        raise ValueError(
+            "a zero3 reference loads the policy's checkpoint again, and this policy was not loaded from one: save it "
+            'first, and give the folder, create_reference(policy, "zero3", source=folder)'
+        )
+    return source
+
+
 def gathered_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a partitioned module's parameters, gathered one at a time, and its buffers; on every rank."""
     for name, parameter in module.named_parameters():

@@ -41,7 +41,7 @@ def launch_train(
     """Start `ranks` processes, train in each what `make("zero3")` returns there, and return what came of it.
 
     `make` goes to the ranks by value, with all that it uses of a notebook (cloudpickle). There it has to keep its
-    reference by `create_reference(policy, "zero3", source=…)`, in pieces over the ranks. Every rank has a policy of its
+    reference by `create_reference(policy, "zero3")`, in pieces over the ranks. Every rank has a policy of its
     own, whole, and throws the same dice, so all write the same texts and take the same steps; a real job would give
     each rank texts of its own.
 

@@ -46,7 +46,7 @@ def made(folder: str) -> TrainRun:
     if run.reference.strategy != "zero3":
         raise ValueError(
             f'make("zero3") keeps its reference by "{run.reference.strategy}", which ranks do not share: it has to '
-            'hand its argument on, create_reference(policy, strategy, source="smollm2")'
+            "hand its argument on, create_reference(policy, strategy)"
         )
     return run
 

@@ -27,7 +27,10 @@ class Record:
 
 @torch.no_grad()
 def kl_and_entropy(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Return the KL in nats a text and the entropy in nats a token, which is log V - KL(policy‖uniform)."""
+    """Return the KL in nats a text and the entropy in nats a token, of logits (B, L, V) where `mask` (B, L) is 1.
+
+    The entropy is log V - KL(policy‖uniform).
+    """
     uniform = logits.new_zeros(1).expand_as(logits)
     kl = exact_kl(logits, ref_logits, mask, "sequence").mean()
     return kl.item(), math.log(logits.shape[-1]) - exact_kl(logits, uniform, mask).item()

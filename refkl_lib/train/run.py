@@ -124,7 +124,7 @@ class TrainRun:
         with dice(self.seed, len(self.history)):
             texts = write_texts(self.policy, self.tokenizer, self.prompts, self.group, self.new_tokens)
             rewards = torch.tensor([checked_reward(self.reward(words), words) for words in texts.words])
-            with watch or nullcontext():
+            with nullcontext() if watch is None else watch:
                 return self._learn(texts, rewards, beta)
 
     def _learn(self, texts: Texts, rewards: Tensor, beta: float) -> Record:

@@ -71,7 +71,7 @@ def frontier_figure(runs: Mapping[str, Sequence[Record]], mean_of: int = 3) -> F
     figure = Figure(figsize=(8.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for (name, history), (color, line, marker) in zip(runs.items(), STYLES, strict=False):
-        kl, reward = (_running([getattr(r, field) for r in history], mean_of) for field in ("kl", "reward"))
+        kl, reward = way_of(history, mean_of)
         axes.plot(kl, reward, line, color=color, linewidth=1.2)
         axes.plot(kl[-1:], reward[-1:], marker, color=color, markersize=8, label=name)
         axes.annotate(name, (kl[-1], reward[-1]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5)
@@ -80,6 +80,12 @@ def frontier_figure(runs: Mapping[str, Sequence[Record]], mean_of: int = 3) -> F
     axes.set_title("What the reward costs: each line is a training, its mark the end", loc="left", fontsize=10)
     axes.margins(x=0.15)
     return figure
+
+
+def way_of(history: Sequence[Record], mean_of: int) -> tuple[list[float], list[float]]:
+    """Return a training's KLs, in nats a text, and its rewards, both as running means over `mean_of` iterations."""
+    kls, rewards = ([record.kl for record in history], [record.reward for record in history])
+    return _running(kls, mean_of), _running(rewards, mean_of)
 
 
 def frontier(runs: Mapping[str, Sequence[Record]]) -> Picture:
