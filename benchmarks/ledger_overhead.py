@@ -1,4 +1,4 @@
-"""Measure how much longer a training step takes while a ledger counts, and what of that is PyTorch's own way to it.
+"""Measure how much longer a training step takes while a ledger counts, and how much with any dispatch mode.
 
     python benchmarks/ledger_overhead.py                  smollm2
     python benchmarks/ledger_overhead.py pocket --rounds 30
@@ -60,7 +60,7 @@ def seconds_of(step: Callable[[], None]) -> Seconds:
 
 
 class PassOn(TorchDispatchMode):
-    """The least that a look at every operation costs: the way into Python and back."""
+    """A dispatch mode that does nothing: the way into Python and back, and what PyTorch does otherwise meanwhile."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
