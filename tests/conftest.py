@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Generator, Iterator
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +29,7 @@ LAUNCHER = [
     "DS_ACCELERATOR",
 ]
 OFFLINE = Path(__file__).parent / "offline"
+BROWSER = Path(__file__).parent / "browser"
 # Any order of the notebooks is right. A run says which it took, and can be asked to take it again.
 ORDER = os.environ.setdefault("REFKL_ORDER", str(random.randrange(1000)))
 
@@ -44,6 +45,8 @@ def pytest_configure() -> None:
     # A learner's own progress is not for tests, nor for the kernels that run the notebooks.
     os.environ["REFKL_DATA"] = tempfile.mkdtemp(prefix="refkl-")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["REFKL_RAN"] = tempfile.mkdtemp(prefix="refkl-")
 
 
 def pytest_report_header() -> str:
@@ -51,19 +54,31 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shuffle the notebooks, and leave each one's cells in order; they come first.
+    """Put what takes longest first, and let nbval compare what the browser's runs of the notebooks put out."""
+    items.sort(key=lambda item: place(item.path))
+    for notebook in {item.parent for item in items if item.path.suffix == ".ipynb"}:
+        from replay import set_up  # which imports nbval
 
-    They take longest, and a worker that has one left at the end works while the others wait.
+        notebook.setup = partial(set_up, notebook)
+
+
+def place(path: Path) -> tuple[int, float]:
+    """Return where a file's tests come: the browser's, in any order of the notebooks; all others; nbval's, likewise.
+
+    What runs in the browser takes longest, and a worker that has one left at the end works while the others wait.
     """
-    tests = [item for item in items if item.path.suffix != ".ipynb"]
-    cells = [item for item in items if item.path.suffix == ".ipynb"]
-    notebooks = [list(group) for _, group in groupby(cells, lambda cell: cell.path)]
-    random.Random(ORDER).shuffle(notebooks)
-    items[:] = [*(cell for notebook in notebooks for cell in notebook), *tests]
+    shuffled = random.Random(ORDER + path.stem).random()
+    if path.suffix == ".ipynb":
+        return 3, shuffled
+    if BROWSER in path.parents:
+        return (0, shuffled) if path.name.startswith("test_0") else (1, 0)
+    return 2, 0
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["REFKL_DATA"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["REFKL_RAN"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

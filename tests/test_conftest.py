@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import conftest
 import pytest
@@ -78,20 +78,24 @@ def test_a_kernel_reaches_this_machine_and_no_other():
     assert said.count("the network is off in tests: nothing may be asked of 192.0.2.1") == 2
 
 
+NOTEBOOKS = ["00_a", "01_b", "02_c", "03_d", "04_e"]
+
+
 def collected(order, monkeypatch):
     monkeypatch.setattr(conftest, "ORDER", order)
-    names = ["a.ipynb", "a.ipynb", "test_x.py", "b.ipynb", "b.ipynb", *(f"{n}.ipynb" for n in range(5))]
-    items = [SimpleNamespace(path=Path(name), place=place) for place, name in enumerate(names)]
+    browser = [conftest.BROWSER / f"test_{name}.py" for name in ("every_notebook", *NOTEBOOKS)]
+    paths = [Path(f"{name}.ipynb") for name in NOTEBOOKS] + browser + [Path("test_y.py"), Path("test_x.py")]
+    items = [mock.Mock(path=path, cell=cell) for path in paths for cell in range(2)]
     conftest.pytest_collection_modifyitems(items)
-    return [item.place for item in items]
+    assert [item.cell for item in items] == [0, 1] * len(paths)  # a file's own tests stay together
+    return [item.path.name for item in items[::2]]
 
 
-def test_notebooks_come_first_in_an_order_that_the_header_names(monkeypatch):
+def test_the_browser_comes_first_and_nbval_last_in_an_order_that_the_header_names(monkeypatch):
     one, again, other = (collected(order, monkeypatch) for order in ("1", "1", "2"))
     assert "REFKL_ORDER=2" in conftest.pytest_report_header()
     assert one == again != other
-    for places in (one, other):
-        assert sorted(places) == list(range(10))
-        assert places[-1] == 2  # the test
-        assert places[places.index(0) + 1] == 1  # a notebook's own cells
-        assert places[places.index(3) + 1] == 4
+    for names in (one, other):
+        assert sorted(names[:5]) == [f"test_{name}.py" for name in NOTEBOOKS]
+        assert names[5:8] == ["test_every_notebook.py", "test_y.py", "test_x.py"]
+        assert sorted(names[8:]) == [f"{name}.ipynb" for name in NOTEBOOKS]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from replay import keep
 from test_lab import TOKEN, address, free_port, fresh_environment
 
-from .notebook import CHROMIUM, end_kernels, run_all
+from .notebook import CHROMIUM, end_kernels, run_all, save
 from .screenshots import HEIGHT, WIDTHS, photograph
 
 OFFLINE = ROOT / "tests" / "offline"
@@ -63,8 +64,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="class")
-def page(request: pytest.FixtureRequest, lab: str, browser: Browser) -> Iterator[Page]:
-    """The class's notebook, open and run from top to bottom through the menu; nothing may be wrong in the console."""
+def page(request: pytest.FixtureRequest, folder: Path, lab: str, browser: Browser) -> Iterator[Page]:
+    """The class's notebook, open and run from top to bottom through the menu; nothing may be wrong in the console.
+
+    What the run put out is kept for nbval to compare.
+    """
     complaints: list[str] = []
     context = browser.new_context(viewport={"width": WIDTHS[0], "height": HEIGHT})
     page = context.new_page()
@@ -72,6 +76,8 @@ def page(request: pytest.FixtureRequest, lab: str, browser: Browser) -> Iterator
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(f"{lab}/lab/tree/notebooks/{request.cls.name}?reset&token={TOKEN}")  # without what was open before
     run_all(page)
+    save(page)
+    keep(folder / "notebooks" / request.cls.name)
     if "REFKL_SCREENSHOTS" in os.environ:
         photograph(page, Path(os.environ["REFKL_SCREENSHOTS"]) / Path(request.cls.name).stem)
     yield page

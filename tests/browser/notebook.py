@@ -98,6 +98,11 @@ def run_all(page: Page) -> None:
     expect(page.locator(".jp-InputPrompt", has_text="[*]")).to_have_count(0, timeout=600 * SECOND)
 
 
+def save(page: Page) -> None:
+    with page.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):
+        page.keyboard.press("Control+s")
+
+
 def interrupt(page: Page) -> None:
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Interrupt Kernel", exact=True).click()

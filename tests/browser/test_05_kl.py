@@ -5,7 +5,7 @@ import re
 from playwright.sync_api import Page, expect
 from solved import solve
 
-from .notebook import SECOND, Light, Notebook, controls_of, end_kernels, outputs, try_setting, typed
+from .notebook import SECOND, Light, Notebook, controls_of, end_kernels, outputs, save, try_setting, typed
 
 
 class TestKl(Light, Notebook):
@@ -31,8 +31,7 @@ class TestKl(Light, Notebook):
 
     def test_it_is_found_again_as_it_was_left(self, page: Page, lab: str) -> None:
         pictures = page.locator(".jp-OutputArea-output img").count()
-        page.keyboard.press("Control+s")
-        page.wait_for_timeout(2 * SECOND)
+        save(page)
         end_kernels(page.context.request, lab)  # as if it were another day
         page.reload()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)

@@ -1,0 +1,76 @@
+"""A notebook that JupyterLab ran among these tests is not run again: nbval hears what its kernel said there.
+
+So `make test` runs each notebook once, in the browser, and each cell's output is still compared by nbval. Where no
+browser ran it (none is installed, or only notebooks are asked for), nbval starts a kernel and runs it as ever.
+"""
+
+import os
+import shutil
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+from nbval.plugin import IPyNbFile
+
+
+def ran() -> Path:
+    """The folder of the notebooks that were run; all workers share it."""
+    return Path(os.environ["REFKL_RAN"])
+
+
+def keep(notebook: Path) -> None:
+    """Keep what a run of this notebook put out; whoever looks meanwhile finds all of it or nothing."""
+    partly = ran() / f"{notebook.name}.part"
+    shutil.copy(notebook, partly)
+    partly.rename(ran() / notebook.name)
+
+
+def set_up(file: IPyNbFile) -> None:
+    """Set up the tests of a notebook: with what its kernel said, or else as nbval does."""
+    if (ran() / file.path.name).exists():
+        file.kernel = Replay(nbformat.read(ran() / file.path.name, as_version=4))
+        file.setup_sanitize_files()
+    else:
+        IPyNbFile.setup(file)
+
+
+class Replay:
+    """Stands in for nbval's kernel: asked to execute a cell, it says what was put out when that cell was run."""
+
+    def __init__(self, notebook: NotebookNode) -> None:
+        self._cells = {cell.source: cell for cell in notebook.cells if cell.cell_type == "code"}
+        self._messages: deque[dict[str, Any]] = deque()
+
+    def execute_cell_input(self, source: str, allow_stdin: bool) -> str:
+        if source not in self._cells:
+            raise KeyError(f"JupyterLab ran another version of the notebook, without this cell:\n{source}")
+        cell = self._cells[source]
+        if cell.execution_count is None:
+            why = "a cell above ended the run"
+            outputs = [nbformat.v4.new_output("error", ename="NotRun", evalue=why, traceback=[f"not run: {why}"])]
+        else:
+            outputs = cell.outputs
+        for output in outputs:
+            self._say(cell.id, output.output_type, output)
+        self._say(cell.id, "status", {"execution_state": "idle"})
+        return cell.id
+
+    def _say(self, cell: str, kind: str, content: dict[str, Any]) -> None:
+        self._messages.append({"parent_header": {"msg_id": cell}, "msg_type": kind, "content": content})
+
+    def get_message(self, stream: str, timeout: float | None = None) -> dict[str, Any]:
+        return self._messages.popleft()
+
+    def await_reply(self, cell: str, timeout: float) -> None:
+        """Return at once: all has been said."""
+
+    def await_idle(self, cell: str, timeout: float) -> None:
+        self._messages.clear()
+
+    def is_alive(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        """Stop nothing; nbval asks for it at the end."""
