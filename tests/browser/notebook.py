@@ -81,14 +81,6 @@ class Notebook:
             assert reached == controls
 
 
-class Light:
-    """A notebook that computes so little that it can run twice here."""
-
-    def test_it_runs_again_in_the_same_kernel(self, page: Page) -> None:
-        run_all(page)
-        self.test_every_cell_runs_without_an_error_or_a_warning(page)
-
-
 def run_all(page: Page) -> None:
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60 * SECOND)
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)

@@ -1,7 +1,7 @@
-"""A notebook without controls: it runs, twice."""
+"""A notebook without controls: it runs."""
 
-from .notebook import Light, Notebook
+from .notebook import Notebook
 
 
-class TestClone(Light, Notebook):
+class TestClone(Notebook):
     name = "02_full_clone.ipynb"

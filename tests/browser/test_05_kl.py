@@ -5,12 +5,16 @@ import re
 from playwright.sync_api import Page, expect
 from solved import solve
 
-from .notebook import SECOND, Light, Notebook, controls_of, end_kernels, outputs, save, try_setting, typed
+from .notebook import SECOND, Notebook, controls_of, end_kernels, outputs, run_all, save, try_setting, typed
 
 
-class TestKl(Light, Notebook):
+class TestKl(Notebook):
     name = "05_kl.ipynb"
     controls = ("slider mean", "slider width")
+
+    def test_it_runs_again_in_the_same_kernel(self, page: Page) -> None:
+        run_all(page)
+        self.test_every_cell_runs_without_an_error_or_a_warning(page)
 
     def test_each_slider_changes_the_numbers_and_the_picture(self, page: Page) -> None:
         [panel] = filter(controls_of, outputs(page))
