@@ -14,17 +14,19 @@ import nbformat
 from nbformat import NotebookNode
 from nbval.plugin import IPyNbFile
 
+CLAIMS_FIGURES = "claims.pickle"  # what notebook 08 measured, by claim
+
 
 def ran() -> Path:
-    """The folder of the notebooks that were run; all workers share it."""
+    """The folder of what notebooks put out that were run; all workers share it."""
     return Path(os.environ["REFKL_RAN"])
 
 
-def keep(notebook: Path) -> None:
-    """Keep what a run of this notebook put out; whoever looks meanwhile finds all of it or nothing."""
-    partly = ran() / f"{notebook.name}.part"
-    shutil.copy(notebook, partly)
-    partly.rename(ran() / notebook.name)
+def keep(file: Path) -> None:
+    """Keep what a run of a notebook left in this file; whoever looks meanwhile finds all of it or nothing."""
+    partly = ran() / f"{file.name}.part"
+    shutil.copy(file, partly)
+    partly.rename(ran() / file.name)
 
 
 def set_up(file: IPyNbFile) -> None:

@@ -1,6 +1,7 @@
 """The article under test: every claim has a row and the verdict of its figures, and each can come out otherwise."""
 
 import copy
+import pickle
 import re
 import sys
 from functools import cache
@@ -9,10 +10,11 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 from checkout import ROOT
+from replay import CLAIMS_FIGURES, ran
 
 from refkl_lib import article_claims, examine_claims, verdicts_picture
 from refkl_lib.lessons.claims.article import SECTIONS, Findings
-from refkl_lib.lessons.claims.claim import CONDITION, FAILS, GB, HOLDS, VERDICTS, Claim, Finding, within
+from refkl_lib.lessons.claims.claim import CONDITION, FAILS, GB, HOLDS, VERDICTS, Claim, Figures, Finding, within
 from refkl_lib.view import claims as view
 from refkl_lib.view.claims import LOOKS, ClaimsTable, claims_html, verdicts_figure
 from tools.lint import anchors
@@ -112,8 +114,15 @@ def case(id: str, *values: object) -> object:
 
 @cache
 def found(id: str) -> Finding:
-    """Each claim is measured once, however many tests look at it."""
-    return CLAIMS[id].examine()
+    """Each claim is measured once, however many tests look at it: in the browser, by notebook 08, or else here."""
+    figures = measured_in_the_browser().get(id)
+    return CLAIMS[id].examine() if figures is None else Finding(CLAIMS[id], figures)
+
+
+@cache
+def measured_in_the_browser() -> dict[str, Figures]:
+    kept = ran() / CLAIMS_FIGURES
+    return pickle.loads(kept.read_bytes()) if kept.exists() else {}
 
 
 def test_every_claim_of_the_article_has_a_row_in_its_order():

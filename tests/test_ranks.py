@@ -97,7 +97,7 @@ def test_kl_is_zero_before_training_and_positive_after_a_step(runs: dict[str, An
             assert min(report.kl[1:]) > 1e-6
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 8])  # four are held against their bill, in test_price_ranks.py
 def test_each_rank_holds_its_share_of_both_models(ranks: int, full: ZeRO3Run) -> None:
     run = full if ranks == 2 else launch_zero3(ranks, steps=2)  # at the second step, the optimizer has its moments
     model = load_model("pocket", device="cpu")

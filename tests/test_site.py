@@ -230,18 +230,25 @@ def test_half_a_day_names_every_notebook(pages):
 
 @in_a_browser
 def test_a_page_asks_nothing_of_a_network_and_weighs_little(site, pages, browser):
-    for name in pages:
-        page = browser.new_page()
-        asked: list[str] = []
-        complaints: list[str] = []
-        page.on("request", lambda request, asked=asked: asked.append(request.url))
-        page.on("console", lambda said, to=complaints: to.append(said.text) if said.type == "error" else None)
-        page.goto((site / name).as_uri(), wait_until="networkidle")
+    opened = [(name, *opened_and_heard(browser, (site / name).as_uri())) for name in pages]
+    for name, page, asked, complaints in opened:
+        page.wait_for_load_state("networkidle")
         files = {urlsplit(address).path for address in asked if address.startswith("file:")}
         assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
         assert complaints == [], name
         assert sum(Path(unquote(file)).stat().st_size for file in files) < 2 * MIB, name
         page.close()
+
+
+def opened_and_heard(browser: Browser, address: str) -> tuple[Page, list[str], list[str]]:
+    """Return a page that has loaded, and two lists that go on growing: what it asks for, what it complains of."""
+    page = browser.new_page()
+    asked: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.goto(address)
+    return page, asked, complaints
 
 
 @in_a_browser
