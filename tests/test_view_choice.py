@@ -31,3 +31,22 @@ def test_what_is_not_among_them_is_named():
         Slider("GPUs", named(1, 2, 4), 1).value = 7
     with pytest.raises(ValueError, match="model is 'none', but must be one of 'small', 'large'"):
         Menu("model", named("small", "large"), "none")
+
+
+def test_what_the_browser_tells_is_chosen_and_answered_once_it_was_heard(monkeypatch):
+    told = []
+    choice = Slider("GPUs", named(1, 2, 4), 1)
+    monkeypatch.setattr(choice, "send", lambda content, *_: told.append((content, choice.value)))
+    choice._handle_custom_msg({"index": 2}, [])
+    assert choice.value == 4
+    assert told == [("heard", 4)]
+
+
+def test_the_browser_is_answered_too_if_what_was_chosen_does_not_work(monkeypatch):
+    told = []
+    choice = Slider("GPUs", named(1, 2), 1)
+    monkeypatch.setattr(choice, "send", lambda content, *_: told.append(content))
+    choice.observe(lambda change: 1 / 0, "value")
+    with pytest.raises(ZeroDivisionError):
+        choice._told(choice, {"index": 1}, [])
+    assert told == ["heard"]

@@ -10,12 +10,17 @@ from typing import Any
 import anywidget
 import traitlets
 
-# Each element tells what was chosen with `tell`, and shows what is chosen when `show` is called.
+# Each element tells what was chosen with `tell`, and shows what is chosen when `show` is called. What is told goes as a
+# message that the kernel answers, the latest choice after each answer: `save_changes` waits until the kernel is said to
+# be idle, and of what it hears while a cell awaits, ipykernel 7.4 does not say so; the second choice would never come.
 _ESM = """
 export default {
   render({ model, el }) {
     const texts = model.get("texts");
-    const tell = (index) => { model.set("index", index); model.save_changes(); };
+    let wanted, sent, waiting = false;
+    const send = () => { waiting = true; sent = wanted; model.send({ index: sent }); };
+    const tell = (index) => { model.set("index", wanted = index); if (!waiting) send(); };
+    model.on("msg:custom", () => { if (waiting) { waiting = false; if (wanted !== sent) send(); } });
     const made = (tag, properties) => Object.assign(document.createElement(tag), properties);
     const control = (tag, properties) => {
       const element = made(tag, properties);
@@ -90,12 +95,19 @@ class Choice(anywidget.AnyWidget):
     _css = _CSS
     label = traitlets.Unicode().tag(sync=True)
     texts = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    index = traitlets.Int().tag(sync=True)
+    index = traitlets.Int().tag(sync=True, echo_update=False)  # an echo could be older than where the handle is by now
     value = traitlets.Any()
 
     def __init__(self, label: str, options: Sequence[tuple[str, Any]], value: Any, **traits: Any) -> None:
         self.values = [option for _, option in options]
         super().__init__(label=label, texts=[text for text, _ in options], value=value, **traits)
+        self.on_msg(self._told)
+
+    def _told(self, _widget: Any, content: dict[str, Any], _buffers: Any) -> None:
+        try:
+            self.set_state({"index": content["index"]})
+        finally:
+            self.send("heard")
 
     @traitlets.validate("value")
     def _known(self, proposal: Any) -> Any:
