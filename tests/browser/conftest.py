@@ -11,11 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from checkout import ROOT
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from replay import keep
 from test_lab import TOKEN, address, free_port, fresh_environment
+
+from tools.lint import code_cells
 
 from .notebook import CHROMIUM, end_kernels, run_all, save
 from .screenshots import HEIGHT, WIDTHS, photograph
@@ -29,9 +32,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the notebooks."""
+    """A folder with a copy of the notebooks, without outputs: what is saved there was put out there."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*", "ruff.toml"))
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in code_cells(notebook):
+            cell.update(outputs=[], execution_count=None)
+        nbformat.write(notebook, path)
     return folder
 
 
