@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -38,7 +39,18 @@ KINDS = [
 ]
 TESTED_BY_AXE = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 
+LEAD_ON = ["index.html", "zh/index.html"]  # to the page of this name in docs, at once
+
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
+
+
+@dataclass
+class Visit:
+    """What was seen of a page."""
+
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+    widths: dict[int, int] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -228,29 +240,43 @@ def test_half_a_day_names_every_notebook(pages):
     assert [path.stem for path in NOTEBOOKS if path.stem not in table.text] == []
 
 
-@in_a_browser
-def test_a_page_asks_nothing_of_a_network_and_weighs_little(site, pages, browser):
-    names = list(pages)
-    for some in (names[start : start + 6] for start in range(0, len(names), 6)):  # they settle side by side
-        loaded = [(name, *opened(browser, (site / name).as_uri())) for name in some]
-        loaded[-1][1].wait_for_timeout(500)  # for what a page asks late
-        for name, page, asked, complaints in loaded:
-            files = {urlsplit(address).path for address in asked if address.startswith("file:")}
-            assert [address for address in asked if not address.startswith(("file:", "data:"))] == []
-            assert complaints == [], name
-            assert sum(Path(unquote(file)).stat().st_size for file in files) < 2 * MIB, name
+@pytest.fixture(scope="module")
+def visits(site: Path, pages: dict[str, BeautifulSoup], browser: Browser) -> dict[str, Visit]:
+    """Every page, opened once: what it asked for, what it complained of, and how wide it was in three windows."""
+    names, visits = list(pages), {}
+    for some in (names[start : start + 6] for start in range(0, len(names), 6)):  # has time to ask for something late
+        opened = [(browser.new_page(), visits.setdefault(name, Visit())) for name in some]
+        for name, (page, visit) in zip(some, opened, strict=True):
+            page.on("request", lambda request, visit=visit: visit.asked.append(request.url))
+            page.on("console", lambda said, visit=visit: visit.complaints.extend([said.text] * (said.type == "error")))
+            page.goto((site / name).as_uri())
+        for name, (page, visit) in zip(some, opened, strict=True):
+            if name not in LEAD_ON:
+                visit.widths = {width: width_in(page, width) for width in (390, 800, 1280)}
             page.close()
+    return visits
 
 
-def opened(browser: Browser, address: str) -> tuple[Page, list[str], list[str]]:
-    """Return a page that has loaded, and two lists that go on growing: what it asks for, what it complains of."""
-    page = browser.new_page()
-    asked: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-    page.goto(address)
-    return page, asked, complaints
+def width_in(page: Page, window: int) -> int:
+    page.set_viewport_size({"width": window, "height": 900})
+    return page.evaluate("document.documentElement.scrollWidth")
+
+
+@in_a_browser
+def test_a_page_asks_nothing_of_a_network_and_weighs_little(visits):
+    for name, visit in visits.items():
+        files = {urlsplit(address).path for address in visit.asked if address.startswith("file:")}
+        assert [address for address in visit.asked if not address.startswith(("file:", "data:"))] == []
+        assert visit.complaints == [], name
+        assert files, name
+        assert sum(Path(unquote(file)).stat().st_size for file in files) < 2 * MIB, name
+
+
+@in_a_browser
+def test_no_page_is_wider_than_its_window(visits):
+    wide = [(name, visit.widths) for name, visit in visits.items() if any(w > at for at, w in visit.widths.items())]
+    assert wide == []
+    assert [name for name, visit in visits.items() if not visit.widths] == LEAD_ON
 
 
 @in_a_browser
@@ -279,17 +305,6 @@ def test_both_themes_are_accessible(site, browser, scheme):
         violations = Axe().run(page, options=TESTED_BY_AXE).response["violations"]
         serious = [one for one in violations if one["impact"] in ("serious", "critical")]
         assert [(name, one["id"], one["nodes"][0]["html"]) for one in serious] == []
-    page.close()
-
-
-@in_a_browser
-def test_no_page_is_wider_than_its_window(site, pages, browser):
-    page = browser.new_page()
-    for name in pages.keys() - {"index.html", "zh/index.html"}:  # which lead on at once
-        page.goto((site / name).as_uri())
-        for width in (390, 800, 1280):
-            page.set_viewport_size({"width": width, "height": 900})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
     page.close()
 
 
