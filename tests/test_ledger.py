@@ -99,6 +99,21 @@ def test_every_kind_of_result_is_counted():
         assert ledger.now() == owned(activations=104)
 
 
+def test_who_asked_hears_of_an_operation_when_its_result_is_counted():
+    heard = []
+    ledger = MemoryLedger()
+    ledger.after(torch.ops.aten.mul.Tensor, lambda *args: heard.append((args, ledger.now())))
+    one = torch.ones(KIB)
+    one * one  # nobody records
+    with ledger:
+        two = one + one
+        product = one * two
+    [((first, second), now)] = heard
+    assert (first is one, second is two) == (True, True)
+    assert now == owned(activations=2048)
+    assert product.shape == one.shape
+
+
 def test_a_storage_that_an_operation_resizes_is_counted_at_its_new_size():
     with MemoryLedger() as ledger:
         buffer = torch.empty(0)

@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -118,6 +119,10 @@ class MemoryLedger:
             if self._recording:
                 self._hook(growing)
         return thing
+
+    def after(self, operation: OpOverload, call: Callable[..., object]) -> None:
+        """From now on, whenever the ledger has counted what `operation` made, give `call` its arguments."""
+        self._recorder.after[operation] = call
 
     def now(self) -> dict[str, int]:
         """Return the bytes that live now, by owner; the five usual owners are always there."""
@@ -250,6 +255,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, note: Callable[[torch.UntypedStorage], object]) -> None:
         super().__init__()
         self._note = note
+        self.after: dict[OpOverload, Callable[..., object]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -267,6 +273,8 @@ class _Recorder(TorchDispatchMode):
             for tensor in (result,) if isinstance(result, Tensor) else tensors_of(result):
                 if tensor.layout is torch.strided:
                     self._note(tensor.untyped_storage())
+            if func in self.after:
+                self.after[func](*args)
         return result
 
 

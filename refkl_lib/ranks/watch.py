@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from refkl_lib.memory.ledger import OWNERS, MemoryLedger
 from refkl_lib.ranks.events import tell
@@ -30,13 +30,13 @@ def watching(ledger: MemoryLedger) -> Iterator["Gathers"]:
     """
     over = threading.Event()
     thread = threading.Thread(target=_tell_highs, args=(ledger, over), daemon=True)
-    with Gathers(ledger) as gathers:
-        thread.start()
-        try:
-            yield gathers
-        finally:
-            over.set()
-            thread.join()
+    gathers = Gathers(ledger)
+    thread.start()
+    try:
+        yield gathers
+    finally:
+        over.set()
+        thread.join()
 
 
 def _tell_highs(ledger: MemoryLedger, over: threading.Event) -> None:
@@ -50,25 +50,18 @@ def _tell_highs(ledger: MemoryLedger, over: threading.Event) -> None:
             return
 
 
-class Gathers(TorchDispatchMode):
+class Gathers:
     """Give the buffers that all-gathers fill to the ledger's owner "gathered"; `peak` is the most bytes at once.
 
     Under ZeRO-3 these are the weights that are whole for a moment, and the small ones that stay so.
     """
 
     def __init__(self, ledger: MemoryLedger) -> None:
-        super().__init__()
         self.peak = 0
         self._ledger = ledger
         ledger.own(GATHERED, ())
+        ledger.after(torch.ops.c10d._allgather_base_.default, self._own)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as the ledger's: wrapping each call in `torch._disable_dynamo` costs more than the call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.c10d._allgather_base_.default:
-            self._ledger.own(GATHERED, args[0])
-            self.peak = max(self.peak, self._ledger.now()[GATHERED])
-        return result
+    def _own(self, buffer: Tensor, *_: object) -> None:
+        self._ledger.own(GATHERED, buffer)
+        self.peak = max(self.peak, self._ledger.now()[GATHERED])
