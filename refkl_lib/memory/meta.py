@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from refkl_lib.memory.recall import Recall
 from refkl_lib.tensors import meta_stands_for
 
 Device = Literal["cpu", "cuda"]
@@ -70,6 +71,7 @@ class _Values(TorchDispatchMode):
         super().__init__()
         self._stands_for = stands_for
         self._twins: MutableMapping[Any, Tensor] = WeakIdKeyDictionary()
+        self._recall = Recall()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -84,7 +86,7 @@ class _Values(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _ANSWERS:
             return _ANSWERS[func](self, func, args, kwargs)
-        result = func(*args, **kwargs)
+        result = self._recall(func, args, kwargs)
         if isinstance(result, Tensor) and result.is_meta and _may_be_known(func, result):
             self._follow(func, args, kwargs, result)
         return result
