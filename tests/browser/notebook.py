@@ -163,17 +163,30 @@ def by_keys(panel: Locator, control: str) -> None:
 
 
 def by_mouse(panel: Locator, control: str) -> None:
-    """Move or press a control with the mouse; a slider goes to its start, or if it is there, to its middle."""
+    """Move or press a control with the mouse; a slider is drawn to its start, or if it is there, to its middle."""
     found, role = find(panel, control), control.split()[0]
     if role == "slider":
-        away, middle = found.evaluate("slider => [slider.value > slider.max / 20, slider.clientWidth / 2]")
-        found.click(position={"x": 4 if away else middle, "y": 8})
+        away = found.evaluate("slider => slider.value > slider.max / 20")
+        draw(found, to=0.0 if away else 0.5)
     elif role == "radiogroup":
         found.get_by_role("radio", checked=False).last.click()
     elif role == "combobox":  # the list that opens is the system's; Playwright chooses from it without a click
         found.select_option(index=found.evaluate("menu => (menu.selectedIndex + 1) % menu.length"))
     else:
         found.click()
+
+
+def draw(slider: Locator, to: float) -> None:
+    """Take a slider near its end and draw it to a share of its way, past many values, as a hand does."""
+    slider.scroll_into_view_if_needed()
+    box = slider.bounding_box()
+    assert box is not None
+    start, way, y = box["x"] + 8, box["width"] - 16, box["y"] + box["height"] / 2  # half a handle at either side
+    mouse = slider.page.mouse
+    mouse.move(start + 0.9 * way, y)
+    mouse.down()
+    mouse.move(start + to * way, y, steps=20)
+    mouse.up()
 
 
 By = Callable[[Locator, str], None]
