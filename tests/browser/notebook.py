@@ -31,7 +31,7 @@ SET_TO = """control => ({
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian, Ubuntu: apt install chromium)")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 class Notebook:
     """What holds for every notebook after its run.
 
@@ -87,7 +87,7 @@ def run_all(page: Page) -> None:
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     expect(page.locator(".jp-InputPrompt", has_text="[*]").first).to_be_visible()
-    expect(page.locator(".jp-InputPrompt", has_text="[*]")).to_have_count(0, timeout=600 * SECOND)
+    expect(page.locator(".jp-InputPrompt", has_text="[*]")).to_have_count(0, timeout=1200 * SECOND)
 
 
 def save(page: Page) -> None:
