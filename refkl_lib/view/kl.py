@@ -58,7 +58,8 @@ class DirectionPanel(Panel):
         self.mean = _slider("mean", mean, -4.0, 4.0)
         self.width = _slider("width", width, 0.3, 3.0)
         self.readout = widgets.HTML()
-        self.picture = widgets.HTML(layout=widgets.Layout(min_height="330px"))
+        # About what the picture needs in a window of any width, so that nothing below it jumps.
+        self.picture = widgets.HTML(layout=widgets.Layout(min_height="min(350px, 23vw)"))
         self.widget = widgets.VBox(
             [self.mean, self.width, self.readout, self.picture], layout=widgets.Layout(max_width="960px")
         )

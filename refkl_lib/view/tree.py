@@ -166,7 +166,8 @@ class TreePanel(Panel):
         self.checkpointing = _box_to_tick("gradient checkpointing", checkpointing)
         self.fixed_data = _box_to_tick("data known before training", fixed_data)
         self.path = widgets.HTML()
-        self.picture = widgets.HTML(layout=widgets.Layout(min_height="560px"))
+        # About what the picture needs in a window of any width, so that nothing below it jumps.
+        self.picture = widgets.HTML(layout=widgets.Layout(min_height="min(560px, 43vw)"))
         self.details = widgets.HTML()
         self.button = button("All bills", self.show_bills, "Price all ways, and what would change the advice")
         for control in self._controls().values():
