@@ -163,11 +163,11 @@ def by_keys(panel: Locator, control: str) -> None:
 
 
 def by_mouse(panel: Locator, control: str) -> None:
-    """Move or press a control with the mouse; a slider is drawn to its start, or if it is there, to its middle."""
+    """Move or press a control with the mouse; a slider is dragged to its start, or if it is there, to its middle."""
     found, role = find(panel, control), control.split()[0]
     if role == "slider":
         away = found.evaluate("slider => slider.value > slider.max / 20")
-        draw(found, to=0.0 if away else 0.5)
+        drag(found, to=0.0 if away else 0.5)
     elif role == "radiogroup":
         found.get_by_role("radio", checked=False).last.click()
     elif role == "combobox":  # the list that opens is the system's; Playwright chooses from it without a click
@@ -176,8 +176,8 @@ def by_mouse(panel: Locator, control: str) -> None:
         found.click()
 
 
-def draw(slider: Locator, to: float) -> None:
-    """Take a slider near its end and draw it to a share of its way, past many values, as a hand does."""
+def drag(slider: Locator, to: float) -> None:
+    """Take a slider near its end and drag it to a share of its way, past many values, as a hand does."""
     slider.scroll_into_view_if_needed()
     box = slider.bounding_box()
     assert box is not None
