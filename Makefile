@@ -73,19 +73,17 @@ lock: .venv/bin/pip ## choose the versions in constraints.txt again, after pypro
 	.venv/bin/python -m uv pip compile pyproject.toml --output-file constraints.txt $(LOCK_ARGS) \
 	    --all-extras --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock'
 
-# The extra is the stamp's name; `test` contains `lab`. pip 25.2 resumes a download that broke off. The last
-# commands keep JupyterLab from greeting a learner with a question about its newsletter, and let it save widgets with
-# a notebook, which else shows errors in their place when it is opened again.
-.venv/.lab .venv/.test: pyproject.toml constraints.txt | .venv/bin/pip
+# The extra is the stamp's name; `test` contains `lab`. pip 25.2 resumes a download that broke off. The last two
+# commands keep JupyterLab from greeting a learner with a question about its newsletter, and let it save notebooks that
+# show no errors when they are opened again.
+.venv/.lab .venv/.test: pyproject.toml constraints.txt Makefile | .venv/bin/pip
 	@{ .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.2' \
 	    && .venv/bin/python -m pip install --constraint constraints.txt --editable '.[$(@:.venv/.%=%)]'; } \
 	    || { echo "Not installed: the lines above say why. It takes a network (or PIP_INDEX_URL, a mirror)" \
 	    "and 2 GB of disk, several more with CUDA; the same command goes on where this stopped." >&2; exit 1; }
 	@$(RUN) -m jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements \
 	    >.venv/labextension.log 2>&1
-	@mkdir -p .venv/share/jupyter/lab/settings
-	@echo '{"@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": true}}' \
-	    >.venv/share/jupyter/lab/settings/overrides.json
+	@$(RUN) -m refkl_lib.view.saved
 	@touch .venv/.lab $@
 
 .venv/bin/pip:

@@ -8,7 +8,8 @@ from checkout import ROOT
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from tools.notebooks import CELL_LINES, METADATA, WIDGET_VIEW, faults, main, run, stored
+from refkl_lib.view.saved import WIDGET_VIEW
+from tools.notebooks import CELL_LINES, METADATA, faults, main, run, stored
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

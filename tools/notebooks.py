@@ -21,13 +21,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
+from refkl_lib.view.saved import is_bare_widget, keep_faces
 from tools.lint import code_cells, course_faults
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL_SECONDS = 240
 CELL_LINES = 12
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-STATIC_FACES = {"image/png", "image/svg+xml", "text/html", "text/markdown"}
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python", "pygments_lexer": "ipython3"},
@@ -66,12 +65,12 @@ def stored(notebook: NotebookNode) -> NotebookNode:
     """Return a copy without what only a running kernel can use and what differs from one run to the next."""
     notebook = copy.deepcopy(notebook)
     notebook.metadata = nbformat.from_dict(METADATA)
+    keep_faces(notebook)
     notebook.nbformat_minor = max(notebook.nbformat_minor, 5)  # the first to give cells an id
     for number, cell in enumerate(notebook.cells):
         cell.setdefault("id", f"cell-{number}")
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET_VIEW, None)
             if "text" in output:  # a command that was run can be pasted into a shell in the project's folder
                 output.text = output.text.replace(f"{ROOT}/", "")
     return notebook
@@ -109,11 +108,6 @@ def texts(cell: NotebookNode) -> Iterator[str]:
     for output in cell.outputs:
         yield output.get("text", "")
         yield from (str(value) for kind, value in output.get("data", {}).items() if "image/" not in kind)
-
-
-def is_bare_widget(data: NotebookNode) -> bool:
-    """Tell whether an output would show nothing without its widget."""
-    return WIDGET_VIEW in data and not STATIC_FACES & data.keys()
 
 
 def is_checked(cell: NotebookNode) -> bool:

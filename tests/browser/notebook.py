@@ -91,8 +91,11 @@ def run_all(page: Page) -> None:
 
 
 def save(page: Page) -> None:
-    with page.expect_response(lambda answer: answer.request.method == "PUT" and "/api/contents/" in answer.url):
+    with page.expect_request(lambda request: request.method == "PUT" and "/api/contents/" in request.url) as saving:
         page.keyboard.press("Control+s")
+    answer = saving.value.response()
+    assert answer is not None
+    assert answer.ok
 
 
 def interrupt(page: Page) -> None:

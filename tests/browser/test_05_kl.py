@@ -1,4 +1,4 @@
-"""Sliders, a prediction and an exercise that are answered, and a notebook that is found again as it was left."""
+"""Sliders, a prediction and an exercise that are answered, and a notebook that is opened again on another day."""
 
 import re
 
@@ -33,12 +33,15 @@ class TestKl(Notebook):
         shown = typed(page, place, "from refkl_lib import progress\n\nprogress()").get_by_role("img")
         expect(shown).to_have_accessible_name(re.compile("^Predictions: 1 of .* Exercises: 1 of .* solved"))
 
-    def test_it_is_found_again_as_it_was_left(self, page: Page, lab: str) -> None:
+    def test_on_another_day_its_panels_are_pictures_until_their_cells_run(self, page: Page, lab: str) -> None:
         pictures = page.locator(".jp-OutputArea-output img").count()
-        save(page)
-        end_kernels(page.context.request, lab)  # as if it were another day
-        page.reload()
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)
-        expect(page.locator(".jp-OutputArea-output img")).to_have_count(pictures, timeout=60 * SECOND)
-        expect(page.get_by_role("slider")).to_have_count(len(self.controls))
-        expect(page.get_by_text("Error displaying widget")).to_have_count(0)
+        for _ in range(2):  # what is opened and saved without a run is also found again
+            save(page)
+            end_kernels(page.context.request, lab)
+            page.reload()
+            page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)
+            expect(page.locator(".jp-OutputArea-output img")).to_have_count(pictures, timeout=60 * SECOND)
+            expect(page.get_by_text("Error displaying widget")).to_have_count(0)
+            expect(page.get_by_role("slider")).to_have_count(0)
+        place, source = self.cell("DirectionPanel(")
+        expect(typed(page, place, source).get_by_role("slider")).to_have_count(len(self.controls), timeout=60 * SECOND)
