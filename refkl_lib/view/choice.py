@@ -13,15 +13,29 @@ import traitlets
 # Each element tells what was chosen with `tell`, and shows what is chosen when `show` is called. What is told goes as a
 # message that the kernel answers, the latest choice after each answer: `save_changes` waits until the kernel is said to
 # be idle, and of what it hears while a cell awaits, ipykernel 7.4 does not say so; the second choice would never come.
+# A kernel that is busy with a cell answers when it is done, one that was restarted never does: who waits is told why.
 _ESM = """
 export default {
   render({ model, el }) {
     const texts = model.get("texts");
-    let wanted, sent, waiting = false;
-    const send = () => { waiting = true; sent = wanted; model.send({ index: sent }); };
-    const tell = (index) => { model.set("index", wanted = index); if (!waiting) send(); };
-    model.on("msg:custom", () => { if (waiting) { waiting = false; if (wanted !== sent) send(); } });
+    let wanted, sent, waiting = false, soon;
     const made = (tag, properties) => Object.assign(document.createElement(tag), properties);
+    const why = made("span", { role: "status" });
+    const say = (text) => { clearTimeout(soon); why.textContent = text; };
+    const send = () => {
+      sent = wanted;
+      try { model.send({ index: sent }); waiting = true; } catch { say("its kernel has ended: run the cell again"); }
+    };
+    const tell = (index) => {
+      model.set("index", wanted = index);
+      if (waiting) return;
+      soon = setTimeout(say, 1000, "waits for the kernel, which is busy");
+      send();
+    };
+    model.on("msg:custom", () => {
+      if (waiting) { waiting = false; if (wanted !== sent) send(); }
+      if (!waiting) say("");
+    });
     const control = (tag, properties) => {
       const element = made(tag, properties);
       element.dataset.lmSuppressShortcuts = "true";  // keys are this element's, not JupyterLab's
@@ -31,7 +45,7 @@ export default {
     const { element, show } = create({ model, texts, tell, made, control, name });
     model.on("change:index", () => show(model.get("index")));
     el.classList.add("refkl-choice");
-    el.append(element);
+    el.append(element, why);
     show(model.get("index"));
   },
 };
@@ -73,6 +87,7 @@ function create({ texts, tell, made, control, name }) {
 }
 """
 _CSS = """
+.refkl-choice { display: flex; flex-wrap: wrap; align-items: center; }
 .refkl-choice > * { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 8px; min-height: 28px; margin: 2px; }
 .refkl-choice > * > span { min-width: 72px; text-align: right; }
 .refkl-choice input { accent-color: #0072B2; margin: 0; }

@@ -18,7 +18,7 @@ SECOND = 1000  # Playwright counts in milliseconds
 AUTHORIZED = {"Authorization": f"token {TOKEN}"}
 ERRORS = "application/vnd.jupyter.error"
 STDERR = "application/vnd.jupyter.stderr"
-SAID = "[role=status]"  # not get_by_role: to that, the number beside a slider is a status as well
+SAID = ".widget-html [role=status]"  # what a panel says; what one of its controls says is a status as well
 # A line of an ARIA snapshot that has a control: its role and its name. Radio buttons are one control, their group.
 ROLES = "button|checkbox|combobox|link|listbox|menuitem|radiogroup|searchbox|slider|spinbutton|switch|tab|textbox"
 CONTROL = re.compile(rf"""^\s*- '?({ROLES})\b(?: "(.*?)")?""", re.MULTILINE)
@@ -101,6 +101,13 @@ def save(page: Page) -> None:
 def interrupt(page: Page) -> None:
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Interrupt Kernel", exact=True).click()
+
+
+def restart(page: Page) -> None:
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_text("Restart Kernel…", exact=True).click()
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60 * SECOND)
 
 
 def end_kernels(request: APIRequestContext, lab: str) -> None:

@@ -5,7 +5,21 @@ import re
 from playwright.sync_api import Page, expect
 from solved import solve
 
-from .notebook import SECOND, Notebook, controls_of, end_kernels, outputs, run_all, save, try_setting, typed
+from .notebook import (
+    SAID,
+    SECOND,
+    Notebook,
+    changes,
+    controls_of,
+    end_kernels,
+    find,
+    outputs,
+    restart,
+    run_all,
+    save,
+    try_setting,
+    typed,
+)
 
 
 class TestKl(Notebook):
@@ -19,7 +33,7 @@ class TestKl(Notebook):
     def test_each_slider_changes_the_numbers_and_the_picture(self, page: Page) -> None:
         [panel] = filter(controls_of, outputs(page))
         for slider in self.controls:
-            for part in ("[role=status]", "img"):
+            for part in (SAID, "img"):
                 try_setting(panel, slider, part)
 
     def test_a_prediction_is_typed_and_revealed(self, page: Page) -> None:
@@ -32,6 +46,20 @@ class TestKl(Notebook):
         expect(typed(page, place, solve(source))).to_contain_text("05.k3: solved.")
         shown = typed(page, place, "from refkl_lib import progress\n\nprogress()").get_by_role("img")
         expect(shown).to_have_accessible_name(re.compile("^Predictions: 1 of .* Exercises: 1 of .* solved"))
+
+    def test_a_slider_says_why_nothing_follows(self, page: Page) -> None:
+        [panel] = filter(controls_of, outputs(page))
+        slider = find(panel, self.controls[0])
+        said = slider.locator("xpath=ancestor::*[contains(@class, 'refkl-choice')]").get_by_role("status").last
+        place, _ = self.cell("kl_gradient_table")
+        with changes(panel, SAID):
+            typed(page, place, "import time\n\ntime.sleep(5)")
+            slider.press("ArrowLeft")
+            expect(said).to_have_text("waits for the kernel, which is busy")
+        expect(said).to_have_text("")
+        restart(page)
+        slider.press("ArrowLeft")
+        expect(said).to_have_text("its kernel has ended: run the cell again")
 
     def test_on_another_day_its_panels_are_pictures_until_their_cells_run(self, page: Page, lab: str) -> None:
         pictures = page.locator(".jp-OutputArea-output img").count()
