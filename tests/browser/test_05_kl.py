@@ -51,7 +51,7 @@ class TestKl(Notebook):
         [panel] = filter(controls_of, outputs(page))
         slider = find(panel, self.controls[0])
         said = slider.locator("xpath=ancestor::*[contains(@class, 'refkl-choice')]").get_by_role("status").last
-        place, _ = self.cell("kl_gradient_table")
+        place, _ = self.cell("print(kl_gradient_table")
         with changes(panel, SAID):
             typed(page, place, "import time\n\ntime.sleep(5)")
             slider.press("ArrowLeft")
