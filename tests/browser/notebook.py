@@ -92,7 +92,8 @@ def run_all(page: Page) -> None:
 
 def save(page: Page) -> None:
     with page.expect_request(lambda request: request.method == "PUT" and "/api/contents/" in request.url) as saving:
-        page.keyboard.press("Control+s")
+        page.get_by_role("menuitem", name="File", exact=True).click()
+        page.get_by_text("Save Notebook", exact=True).click()
     answer = saving.value.response()
     assert answer is not None
     assert answer.ok
