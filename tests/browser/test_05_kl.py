@@ -54,7 +54,7 @@ class TestKl(Notebook):
         place, _ = self.cell("print(kl_gradient_table")
         with changes(panel, SAID):
             typed(page, place, "import time\n\ntime.sleep(5)")
-            slider.press("ArrowLeft")
+            slider.press("ArrowRight")
             expect(said).to_have_text("waits for the kernel, which is busy")
         expect(said).to_have_text("")
         restart(page)
