@@ -53,7 +53,8 @@ class TestKl(Notebook):
         said = slider.locator("xpath=ancestor::*[contains(@class, 'refkl-choice')]").get_by_role("status").last
         place, _ = self.cell("print(kl_gradient_table")
         with changes(panel, SAID):
-            typed(page, place, "import time\n\ntime.sleep(5)")
+            output = typed(page, place, "import time\n\nprint('asleep')\ntime.sleep(5)")
+            expect(output).to_have_text("asleep")
             slider.press("ArrowRight")
             expect(said).to_have_text("waits for the kernel, which is busy")
         expect(said).to_have_text("")
