@@ -1,7 +1,7 @@
 """Measure what it costs to look: training with a live panel beside training without, in a real kernel.
 
     python benchmarks/panel_overhead.py
-    python benchmarks/panel_overhead.py --rounds 20
+    python benchmarks/panel_overhead.py --batch 4 --tokens 256 --rounds 20
 
 With and without take turns. A step and the empty mode are those of ledger_overhead.py; an iteration is notebook 07's:
 sample, score, learn. The last lines are about an hour: as many drawings of a MemoryPanel as an hour brings, as fast as
@@ -30,10 +30,9 @@ HOUR = 3600  # seconds
 MIB = 2**20
 
 
-def steps(rounds: int) -> None:
+def steps(rounds: int, batch: int, tokens: int) -> None:
     """Print how long a training step takes with nothing, an empty dispatch mode, a ledger and a MemoryPanel."""
-    step, ledger = training_step("smollm2", 2, 128)
-
+    step, ledger = training_step("smollm2", batch, tokens)
     watchers: dict[str, Watcher] = {
         "nothing": nullcontext,
         "empty mode": PassOn,
@@ -47,7 +46,7 @@ def steps(rounds: int) -> None:
                 seconds, _ = seconds_of(step)
             if turn:  # the first step of each kind makes the optimizer's state and fills caches
                 times[name].append(seconds)
-    report("a step", times)
+    report(f"a step, {batch} x {tokens}", times)
 
 
 async def iterations(make_run: Callable[..., TrainRun], rounds: int) -> None:
@@ -73,9 +72,9 @@ async def iterations(make_run: Callable[..., TrainRun], rounds: int) -> None:
 def report(what: str, times: dict[str, list[float]]) -> None:
     """Print a table of medians."""
     bare = statistics.median(times["nothing"])
-    print(f"{what:<16}{'seconds':>10}{'ratio':>8}")
+    print(f"{what:<20}{'seconds':>10}{'ratio':>8}")
     for name, seconds in times.items():
-        print(f"{name:<16}{statistics.median(seconds):>10.3f}{statistics.median(seconds) / bare:>8.3f}")
+        print(f"{name:<20}{statistics.median(seconds):>10.3f}{statistics.median(seconds) / bare:>8.3f}")
 
 
 def hour() -> None:
@@ -107,9 +106,16 @@ def main() -> None:
     """Measure in a kernel, and print what it prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--batch", type=int, default=2, help="sequences in the step's batch")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens in a sequence")
+    options = parser.parse_args()
+    rounds = options.rounds
     print(f"smollm2, medians of {rounds} rounds")
-    measured = [f"steps({rounds})", f"await iterations(make_run, {rounds})", "hour()"]
+    measured = [
+        f"steps({rounds}, {options.batch}, {options.tokens})",
+        f"await iterations(make_run, {rounds})",
+        "hour()",
+    ]
     sources = [*capstone_code(), "from panel_overhead import *", *measured]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": Path(__file__).parent}}).execute()

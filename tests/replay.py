@@ -5,6 +5,7 @@ browser ran it (none is installed, or only notebooks are asked for), nbval start
 """
 
 import os
+import pickle
 import shutil
 from collections import deque
 from pathlib import Path
@@ -15,6 +16,7 @@ from nbformat import NotebookNode
 from nbval.plugin import IPyNbFile
 
 CLAIMS_FIGURES = "claims.pickle"  # what notebook 08 measured, by claim
+THREE_RUNS = "three_runs.pickle"  # of notebook 00: the job of ranks, and each strategy's run
 
 
 def ran() -> Path:
@@ -27,6 +29,12 @@ def keep(file: Path) -> None:
     partly = ran() / f"{file.name}.part"
     shutil.copy(file, partly)
     partly.rename(ran() / file.name)
+
+
+def kept(name: str) -> Any:
+    """Return what a notebook measured in the browser and kept under a name; None if it did not run there."""
+    file = ran() / name
+    return pickle.loads(file.read_bytes()) if file.exists() else None
 
 
 def set_up(file: IPyNbFile) -> None:

@@ -1,7 +1,6 @@
 """The article under test: every claim has a row and the verdict of its figures, and each can come out otherwise."""
 
 import copy
-import pickle
 import re
 import sys
 from functools import cache
@@ -10,7 +9,7 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 from checkout import ROOT
-from replay import CLAIMS_FIGURES, ran
+from replay import CLAIMS_FIGURES, kept
 
 from refkl_lib import article_claims, examine_claims, verdicts_picture
 from refkl_lib.lessons.claims.article import SECTIONS, Findings
@@ -121,8 +120,7 @@ def found(id: str) -> Finding:
 
 @cache
 def measured_in_the_browser() -> dict[str, Figures]:
-    kept = ran() / CLAIMS_FIGURES
-    return pickle.loads(kept.read_bytes()) if kept.exists() else {}
+    return kept(CLAIMS_FIGURES) or {}
 
 
 def test_every_claim_of_the_article_has_a_row_in_its_order():

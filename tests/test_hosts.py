@@ -142,6 +142,8 @@ def namespace(rank: int, folder: Path) -> Iterator[Host]:
         yield host
     finally:
         host.kill()
+        if host.output.exists():
+            print(f"{host.address} said:\n{host.output.read_text()[-4000:]}")  # shown if the test fails
         ip("netns", "del", host.namespace)
 
 
@@ -212,9 +214,17 @@ def long(command: str, *options: str) -> str:
 
 
 def ended(launchers: list[subprocess.Popen[bytes]], within: float) -> list[int]:
-    """Return the codes with which launchers end."""
+    """Return the codes with which launchers end; if one does not, its ranks are asked to print where they are."""
     deadline = time.monotonic() + within
-    return [launcher.wait(timeout=max(0.0, deadline - time.monotonic())) for launcher in launchers]
+    try:
+        return [launcher.wait(timeout=max(0.0, deadline - time.monotonic())) for launcher in launchers]
+    except subprocess.TimeoutExpired:
+        for launcher in launchers:
+            for process in psutil.Process(launcher.pid).children(recursive=True):
+                if process.cmdline()[2:4] == ["-m", "refkl_lib.ranks.worker"]:
+                    process.send_signal(signal.SIGUSR1)
+        time.sleep(2)
+        raise
 
 
 def errors(host: Host) -> list[str]:

@@ -48,10 +48,10 @@ def test_colabs_first_cell_installs_nothing_where_the_kit_is(monkeypatch):
     assert ran == ["install --quiet --constraint kit/constraints.txt ./kit", "python -m refkl_lib.models fetch smollm2"]
 
 
-def test_binder_fetches_the_model():
+def test_binder_is_set_up_as_make_lab_does():
     commands = (ROOT / "postBuild").read_text().splitlines()
     assert commands[0] == "#!/bin/bash"
-    assert commands[-1] == "python -m refkl_lib.models fetch smollm2"
+    assert commands[-2:] == ["python -m refkl_lib.models fetch smollm2", "python -m refkl_lib.view.saved"]
     assert os.access(ROOT / "postBuild", os.X_OK)
 
 

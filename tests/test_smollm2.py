@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from replay import THREE_RUNS, kept
 from training import train
 
 from refkl_lib import (
@@ -64,15 +65,24 @@ def test_its_tokenizer_gives_texts_back(tokenizer, text):
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return launch_zero3(2, "smollm2", lora_rank=8, seq=32)
+def measured():
+    """A job of two ranks, and the same three steps under each strategy: by notebook 00 in the browser, or else here."""
+    return kept(THREE_RUNS) or measured_here()
+
+
+def measured_here():
+    ranks = launch_zero3(2, "smollm2", lora_rank=8)
+    return ranks, [run_strategy("clone"), run_strategy("adapter"), StrategyRun.from_ranks(ranks)]
 
 
 @pytest.fixture(scope="module")
-def runs(ranks):
-    """The same three steps under each strategy; zero3 in two real ranks."""
-    here = {strategy: run_strategy(strategy, lora_rank=8, seq=32) for strategy in ("clone", "adapter")}
-    return here | {"zero3": StrategyRun.from_ranks(ranks)}
+def ranks(measured):
+    return measured[0]
+
+
+@pytest.fixture(scope="module")
+def runs(measured):
+    return {run.strategy: run for run in measured[1]}
 
 
 def test_three_strategies_give_one_kl(runs):
@@ -100,7 +110,7 @@ def test_training_all_weights_a_swap_gives_the_kl_of_a_clone(model):
 
 
 def test_precomputed_log_probs_cost_no_memory(runs):
-    run = run_strategy("precomputed", lora_rank=8, seq=32)
+    run = run_strategy("precomputed")
     assert run.reference_bytes == run.owners["reference"] == 0
     assert run.kl[0] == 0.0 < run.kl[1] < run.kl[2]
     assert run.peak <= runs["adapter"].peak
@@ -108,7 +118,7 @@ def test_precomputed_log_probs_cost_no_memory(runs):
 
 def test_ranks_hold_the_same_reference_and_get_the_same_log_probs(ranks, model):
     clone = CloneReference(model)
-    log_probs = clone.log_probs(**sample_batch("smollm2", batch=1, seq=32))
+    log_probs = clone.log_probs(**sample_batch("smollm2", batch=1, seq=64))
     for report in ranks.ranks:
         assert report.reference_fingerprint == report.reference_fingerprint_before == clone.fingerprint()
         # At step 0 the KL is 0, and the loss is the cross-entropy alone.

@@ -7,7 +7,6 @@ import ast
 from collections.abc import Iterator
 
 import nbformat
-import pytest
 from checkout import ROOT
 from nbclient import NotebookClient
 from nbformat import NotebookNode
@@ -48,11 +47,14 @@ def solved(notebook: NotebookNode) -> Iterator[tuple[str, str]]:
             yield solve(cell.source), f"{call.id}: solved."
 
 
-@pytest.mark.parametrize("name", [name for name, notebook in NOTEBOOKS.items() if list(calls(notebook, "check"))])
-def test_a_notebook_takes_its_solutions(name, tmp_path, monkeypatch):
+def test_the_notebooks_take_their_solutions(tmp_path, monkeypatch):
+    """One after the other in one kernel, emptied in between."""
     monkeypatch.setenv("REFKL_DATA", str(tmp_path))
-    sources, wanted = zip(*solved(NOTEBOOKS[name]), strict=True)
-    notebook = cells(*sources)
-    NotebookClient(notebook, kernel_name="python3", timeout=60).execute()
-    for cell, want in zip(notebook.cells, wanted, strict=True):
+    asked = [("%reset -f", "")]
+    for notebook in NOTEBOOKS.values():
+        asked += [*solved(notebook), asked[0]]
+    sources, wanted = zip(*asked, strict=True)
+    run = cells(*sources)
+    NotebookClient(run, kernel_name="python3", timeout=60).execute()
+    for cell, want in zip(run.cells, wanted, strict=True):
         assert want in "".join(texts(cell))

@@ -17,7 +17,7 @@ from refkl_lib.ranks.config import job_config
 from refkl_lib.ranks.copies import COPIED, NOT_TRIED, SUCCEEDS
 from refkl_lib.ranks.events import tell
 from refkl_lib.ranks.training import connect, make_engine
-from refkl_lib.ranks.worker import leave, telling
+from refkl_lib.ranks.worker import telling
 from refkl_lib.tensors import storage_bytes
 from refkl_lib.text import sample_batch
 
@@ -34,7 +34,6 @@ def main() -> None:
         connect()
         tell("done", **_outcome(settings))
         torch.distributed.destroy_process_group()
-    leave()
 
 
 def _outcome(settings: argparse.Namespace) -> dict[str, Any]:

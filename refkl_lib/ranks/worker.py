@@ -32,23 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.freeze()
         gc.enable()
         train(settings)
-    leave()
-
-
-def leave() -> NoReturn:
-    """End this process without taking Python down; a rank that has left the others has nothing more to do.
-
-    A thread of gloo that wakes up late may still hold a tensor, and lets go of it when there is no Python any more:
-    then the system ends the process with SIGABRT (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """Tell that this rank lives, and what ends it if the block raises; it ends as well when nobody listens."""
+    """Tell that this rank lives, and what ends it if the block raises; with the block, the process ends.
+
+    It ends as well when nobody listens any more.
+    """
     # Asked by SIGUSR1, a rank prints where it is: what to do when it hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     threading.Thread(target=end_with_the_listener, daemon=True).start()
@@ -62,7 +53,21 @@ def telling() -> Iterator[None]:
             said = f"{said[:300]}; then {type(error).__name__}: {error}"
         # Only a part of each: an event has to fit into one write.
         tell("error", message=said[:500], traceback="".join(traceback.format_exception(first))[-2000:])
-        raise
+        traceback.print_exception(error)
+        leave(1)
+    leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process without taking Python down; a rank that has left the others has nothing more to do.
+
+    A thread of gloo that wakes up late may still hold a tensor, and lets go of it when there is no Python any more:
+    then the system ends the process with SIGABRT (https://github.com/pytorch/pytorch/pull/179291). One that waits for
+    a rank that was lost may not let Python end at all.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def first_of(error: BaseException) -> BaseException:

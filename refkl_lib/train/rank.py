@@ -13,7 +13,7 @@ import torch
 
 from refkl_lib.ranks.events import tell
 from refkl_lib.ranks.training import connect
-from refkl_lib.ranks.worker import leave, telling
+from refkl_lib.ranks.worker import telling
 from refkl_lib.train.launch import MAKE, found_by
 from refkl_lib.train.records import Record
 from refkl_lib.train.run import TrainRun
@@ -35,7 +35,6 @@ def main() -> None:
         found_by(settings.folder, int(os.environ["RANK"])).write_text(json.dumps(found))
         tell("done")
         torch.distributed.destroy_process_group()
-    leave()
 
 
 def made(folder: str) -> TrainRun:

@@ -4,12 +4,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import nbformat
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from checkout import ROOT
 from playwright.sync_api import APIRequestContext, Locator, Page, expect
+from replay import keep
 from test_lab import TOKEN
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -124,6 +126,13 @@ def typed(page: Page, place: int, source: str) -> Locator:
     page.keyboard.insert_text(source)
     page.keyboard.press("Shift+Enter")
     return cell.locator(".jp-Cell-outputWrapper")
+
+
+def take(page: Page, place: int, expression: str, file: Path) -> None:
+    """Keep what an expression gives in the notebook's kernel, for tests that need not measure it again."""
+    source = f"import pickle\nfrom pathlib import Path\nPath({str(file)!r}).write_bytes(pickle.dumps({expression}))"
+    expect(typed(page, place, source)).to_have_text(re.compile("^[0-9]+$"), timeout=60 * SECOND)
+    keep(file)
 
 
 # Controls, each by its role and name: "slider memory"

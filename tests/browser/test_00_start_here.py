@@ -1,9 +1,12 @@
 """Readouts that move while a cell runs, and a panel that prices and runs each way to keep the reference."""
 
+from pathlib import Path
+
 import pytest
 from playwright.sync_api import Locator, Page, expect
+from replay import THREE_RUNS
 
-from .notebook import SECOND, Notebook, by_keys, by_mouse, find, typed
+from .notebook import SECOND, Notebook, by_keys, by_mouse, find, take, typed
 
 BY_MOUSE = {
     "combobox model": "smollm2",
@@ -28,6 +31,10 @@ class TestStartHere(Notebook):
     @pytest.fixture
     def panel(self, page: Page) -> Locator:
         return page.locator(".jp-Cell").nth(self.cell("StrategyPanel(runs=runs)")[0])
+
+    def test_its_runs_can_be_taken_elsewhere(self, page: Page, tmp_path: Path) -> None:
+        """Elsewhere is test_smollm2.py, which need not run them again."""
+        take(page, self.cell("print(bill_table(runs))")[0], "(run, runs)", tmp_path / THREE_RUNS)
 
     def test_the_readouts_leave_pictures(self, page: Page) -> None:
         expect(page.get_by_role("img", name="Bytes that lived while the cell ran")).to_have_count(2)

@@ -5,17 +5,13 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
-from replay import CLAIMS_FIGURES, keep
+from replay import CLAIMS_FIGURES
 
 from refkl_lib.lessons.claims.article import article_claims
 
-from .notebook import SECOND, Notebook, typed
+from .notebook import SECOND, Notebook, take
 from .screenshots import HEIGHT, WIDTHS
 
-FIGURES = """import pickle
-with open({file!r}, "wb") as file:
-    pickle.dump({{row.claim.id: row.figures for row in table.rows}}, file)
-print("kept", len(table.rows))"""
 LESSONS = [claim.lesson.partition(".")[0] for claim in article_claims()]
 
 
@@ -29,11 +25,8 @@ class TestArticle(Notebook):
 
     def test_its_figures_can_be_taken_elsewhere(self, page: Page, tmp_path: Path) -> None:
         """Elsewhere is test_claims.py, which need not measure them again."""
-        file = tmp_path / CLAIMS_FIGURES
         place, _ = self.cell('print(table["C5"].number)')
-        output = typed(page, place, FIGURES.format(file=str(file)))
-        expect(output).to_contain_text(f"kept {len(LESSONS)}", timeout=60 * SECOND)
-        keep(file)
+        take(page, place, "{row.claim.id: row.figures for row in table.rows}", tmp_path / CLAIMS_FIGURES)
 
     def test_the_table_has_a_row_for_each_claim(self, table: Locator) -> None:
         expect(table.get_by_role("rowheader", name=re.compile(r"^[A-E]\d$"))).to_have_count(len(LESSONS))

@@ -12,7 +12,7 @@ from refkl_lib.models import load_model
 from refkl_lib.ranks.config import job_config
 from refkl_lib.ranks.events import tell
 from refkl_lib.ranks.training import connect
-from refkl_lib.ranks.worker import leave, telling
+from refkl_lib.ranks.worker import telling
 from refkl_lib.tensors import storage_bytes
 from refkl_lib.text import sample_batch
 
@@ -30,7 +30,6 @@ def main() -> None:
             written = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".dat"))
             tell("done", before=before, after=storage_bytes(model), written=written, forward=_forward(model))
         torch.distributed.destroy_process_group()
-    leave()
 
 
 @torch.no_grad()
