@@ -130,8 +130,8 @@ def typed(page: Page, place: int, source: str) -> Locator:
 
 def take(page: Page, place: int, expression: str, file: Path) -> None:
     """Keep what an expression gives in the notebook's kernel, for tests that need not measure it again."""
-    source = f"import pickle\nfrom pathlib import Path\nPath({str(file)!r}).write_bytes(pickle.dumps({expression}))"
-    expect(typed(page, place, source)).to_have_text(re.compile("^[0-9]+$"), timeout=60 * SECOND)
+    write = f"with open({str(file)!r}, 'wb') as file:\n    pickle.dump({expression}, file)"
+    expect(typed(page, place, f"import pickle\n\n{write}\nprint('kept')")).to_have_text("kept", timeout=60 * SECOND)
     keep(file)
 
 
