@@ -396,6 +396,7 @@ def test_a_port_that_is_taken_in_the_last_moment_is_replaced(monkeypatch: pytest
     ("options", "says"),
     [
         ({"ranks": 0}, "ranks is 0"),
+        ({"ranks": "pocket"}, "ranks is 'pocket', but must be a number"),
         ({"steps": 0}, "steps is 0"),
         ({"lora_rank": 0}, "lora_rank is 0"),
         ({"timeout": -1.0}, "timeout is -1.0"),

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,5 +244,5 @@ def _check_training(seq: int, beta: float) -> None:
 
 def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if count is not None and not count > 0:
-            raise ValueError(f"{name} is {count}, but must be more than 0")
+        if count is not None and not (isinstance(count, Real) and count > 0):
+            raise ValueError(f"{name} is {count!r}, but must be a number, more than 0")

@@ -22,9 +22,10 @@ export default {
     const made = (tag, properties) => Object.assign(document.createElement(tag), properties);
     const why = made("span", { role: "status" });
     const say = (text) => { clearTimeout(soon); why.textContent = text; };
+    const ended = () => { waiting = false; say("its kernel has ended: run the cell again"); };
     const send = () => {
       sent = wanted;
-      try { model.send({ index: sent }); waiting = true; } catch { say("its kernel has ended: run the cell again"); }
+      try { model.send({ index: sent }); waiting = true; } catch { ended(); }
     };
     const tell = (index) => {
       model.set("index", wanted = index);
@@ -36,6 +37,7 @@ export default {
       if (waiting) { waiting = false; if (wanted !== sent) send(); }
       if (!waiting) say("");
     });
+    model.on("comm_live_update", ended);
     const control = (tag, properties) => {
       const element = made(tag, properties);
       element.dataset.lmSuppressShortcuts = "true";  // keys are this element's, not JupyterLab's

@@ -52,17 +52,25 @@ class TestKl(Notebook):
             source.replace("DirectionPanel(", "panel = DirectionPanel(")
             + "\ndisplay(panel)\nimport time; time.sleep(5)"
         )
+        waits, ended = "waits for the kernel, which is busy", "its kernel has ended: run the cell again"
         panel = typed(page, place, busy)
         slider = find(panel, self.controls[0])
         said = slider.locator("xpath=ancestor::*[contains(@class, 'refkl-choice')]").get_by_role("status").last
         slider.press("ArrowRight")
         before = panel.locator(SAID).text_content()
-        expect(said).to_have_text("waits for the kernel, which is busy")
+        expect(said).to_have_text(waits)
         expect(said).to_have_text("")
         expect(panel.locator(SAID)).not_to_have_text(before)
         restart(page)
+        expect(said).to_have_text(ended)
         slider.press("ArrowRight")
-        expect(said).to_have_text("its kernel has ended: run the cell again")
+        expect(said).to_have_text(ended)
+        typed(page, place, busy.replace("sleep(5)", "sleep(600)"))
+        expect(said).to_have_text("")
+        slider.press("ArrowRight")
+        expect(said).to_have_text(waits)
+        restart(page)
+        expect(said).to_have_text(ended)
 
     def test_on_another_day_its_panels_are_pictures_until_their_cells_run(self, page: Page, lab: str) -> None:
         pictures = page.locator(".jp-OutputArea-output img").count()
