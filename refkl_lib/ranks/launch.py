@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,5 +243,5 @@ def _check_training(seq: int, beta: float) -> None:
 
 def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if count is not None and not (isinstance(count, Real) and count > 0):
+        if count is not None and not (isinstance(count, int | float) and count > 0):
             raise ValueError(f"{name} is {count!r}, but must be a number, more than 0")
