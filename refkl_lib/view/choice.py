@@ -37,7 +37,7 @@ export default {
       if (waiting) { waiting = false; if (wanted !== sent) send(); }
       if (!waiting) say("");
     });
-    model.on("comm_live_update", ended);
+    model.on("comm_live_update", () => { if (waiting) ended(); });
     const control = (tag, properties) => {
       const element = made(tag, properties);
       element.dataset.lmSuppressShortcuts = "true";  // keys are this element's, not JupyterLab's
