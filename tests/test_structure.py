@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 # Each room imports from its own floor and those before it, never from one after it.
 FLOORS = [
-    {"tensors", "units", "models", "text"},
+    {"counts", "tensors", "units", "models", "text"},
     {"kl"},
     {"reference"},
     {"step"},

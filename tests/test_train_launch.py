@@ -67,7 +67,7 @@ def test_ranks_that_came_apart_are_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("iterations", "ranks"), [(0, 2), (1, 0)])
 def test_no_iteration_and_no_rank_are_refused(iterations: int, ranks: int) -> None:
-    with pytest.raises(ValueError, match="is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="is 0, but must be a whole number, at least 1"):
         launch_train(a_run, iterations, ranks)
 
 

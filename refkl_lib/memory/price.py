@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from refkl_lib.counts import check_counts
 from refkl_lib.memory.bill import Bill
 from refkl_lib.memory.extrapolate import at_depth, depths_for, period_of
 from refkl_lib.memory.meta import Device
@@ -251,13 +252,10 @@ def _check(settings: dict[str, Any]) -> None:
     _check_choice("attention", settings["attention"], (None, *get_args(Attention)))
     _check_choice("kl", settings["kl"], (None, *get_args(KLFrom)))
     _check_choice("offload", settings["offload"], (None, "cpu", "nvme"))
-    for name in ("batch", "seq", "ranks", "lora_rank"):
-        value = settings[name]
-        if name == "lora_rank" and value is None:
-            continue
-        if type(value) is not int or value < (2 if name == "seq" else 1):
-            least = "2 (a token, and the one that follows it)" if name == "seq" else "1"
-            raise ValueError(f"{name} is {value!r}, but must be a whole number, at least {least}")
+    check_counts(batch=settings["batch"], ranks=settings["ranks"])
+    if settings["lora_rank"] is not None:
+        check_counts(lora_rank=settings["lora_rank"])
+    check_counts(2, "a token, and the one that follows it", seq=settings["seq"])
     _check_together(settings)
 
 

@@ -13,6 +13,7 @@ a record to compare with, it often notices the strangers and records anew.
 from dataclasses import dataclass
 from typing import Literal
 
+from refkl_lib.counts import check_counts
 from refkl_lib.ranks.launch import check_system, run_ranks
 from refkl_lib.units import show_bytes
 
@@ -80,8 +81,7 @@ def copy_under_zero3(
     """
     if what not in COPIED:
         raise ValueError(f"what is {what!r}, but must be one of {COPIED}")
-    if ranks < 1:
-        raise ValueError(f"ranks is {ranks}, but must be at least 1")
+    check_counts(ranks=ranks)
     check_system()
     settings = {"what": what, "model": model, "gathered": int(gathered), "forward": int(forward)}
     events = run_ranks(ranks, WORKER, settings, None, timeout).events

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from refkl_lib.counts import check_counts
 from refkl_lib.ranks.events import Event
 from refkl_lib.ranks.job import Job, RankError
 from refkl_lib.ranks.run import RankReport, ZeRO3Run, put_together
@@ -77,7 +78,13 @@ def launch_zero3(
     what `on_event` raises.
     """
     check_system()
-    _check_counts(ranks=ranks, steps=steps, lora_rank=lora_rank, timeout=timeout)
+    check_counts(ranks=ranks, steps=steps)
+    if lora_rank is not None:
+        check_counts(lora_rank=lora_rank)
+    if not timeout > 0:
+        raise ValueError(
+            f"timeout is {timeout}, but must be more than 0: seconds until a job that is not done is ended"
+        )
     _check_reference(reference, lora_rank, offload, nvme_path)
     _check_training(seq, beta)
     sample_batch(model, batch, seq)  # what cannot work had better fail here than in every rank
@@ -236,12 +243,5 @@ def _checked_folder(save_to: str | os.PathLike[str], lora_rank: int | None) -> P
 
 
 def _check_training(seq: int, beta: float) -> None:
-    if seq < 2:
-        raise ValueError(f"seq is {seq}, but must be at least 2: a token, and the one that follows it")
+    check_counts(2, "a token, and the one that follows it", seq=seq)
     checked_beta(beta)
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if count is not None and not (isinstance(count, int | float) and count > 0):
-            raise ValueError(f"{name} is {count!r}, but must be a number, more than 0")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from refkl_lib.counts import check_counts
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -69,8 +71,7 @@ def shards(model: nn.Module, ranks: int) -> tuple[Shard, ...]:
     The model may be on the meta device, where it takes no memory, or be partitioned already. Tied weights are
     one parameter. Raises ValueError for fewer ranks than one.
     """
-    if ranks < 1:
-        raise ValueError(f"ranks is {ranks}, but must be at least 1")
+    check_counts(ranks=ranks)
     # Of a parameter that is partitioned already, the shape is (0,); DeepSpeed keeps the one of the whole.
     return tuple(
         Shard(name, tuple(getattr(parameter, "ds_shape", parameter.shape)), parameter.dtype, ranks)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cloudpickle
 
+from refkl_lib.counts import check_counts
 from refkl_lib.ranks.events import Event
 from refkl_lib.ranks.launch import check_system, run_ranks
 from refkl_lib.train.records import Record
@@ -48,9 +49,7 @@ def launch_train(
     Raises ValueError if `iterations` or `ranks` is less than 1, or if the ranks came apart; what cloudpickle raises if
     `make` cannot be sent; RankError, RuntimeError and ImportError as `launch_zero3` does.
     """
-    for name, count in {"iterations": iterations, "ranks": ranks}.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}, but must be at least 1")
+    check_counts(iterations=iterations, ranks=ranks)
     check_system()
     with tempfile.TemporaryDirectory(prefix="refkl-") as folder:
         (Path(folder) / MAKE).write_bytes(cloudpickle.dumps(make))

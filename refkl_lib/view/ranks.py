@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from IPython.display import display
 from matplotlib.figure import Figure
 
+from refkl_lib.counts import check_counts
 from refkl_lib.ranks.events import Event, describe
 from refkl_lib.units import MIB, show_bytes
 from refkl_lib.view.figures import OTHER, Timeline
@@ -31,8 +32,7 @@ class RanksPanel:
     alt = "Bytes that lived on each rank while the job ran, by owner, over time; each rank's peak is written beside it."
 
     def __init__(self, ranks: int = 2) -> None:
-        if ranks < 1:
-            raise ValueError(f"ranks is {ranks}, but must be at least 1")
+        check_counts(ranks=ranks)
         self.timelines: dict[int, list[tuple[float, dict[str, int]]]] = {rank: [] for rank in range(ranks)}
         self.peaks: dict[int, dict[str, int]] = {rank: {} for rank in range(ranks)}
         self._said = dict.fromkeys(range(ranks), "not started yet")
