@@ -36,6 +36,9 @@ ORDER = os.environ.setdefault("REFKL_ORDER", str(random.randrange(1000)))
 
 def pytest_configure() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the Makefile does
+    # Hundreds of processes start here, and each would compile the library anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     if "PYTEST_XDIST_WORKER" in os.environ:
         share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         # Threads of two workers that wait for each other's processors take many times as long.
