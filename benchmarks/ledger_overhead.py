@@ -1,13 +1,14 @@
 """Measure how much longer a training step takes while a ledger counts, and how much with any dispatch mode.
 
-    python benchmarks/ledger_overhead.py                  smollm2
+    python benchmarks/ledger_overhead.py                                   smollm2, all of its weights
+    python benchmarks/ledger_overhead.py --lora 8 --batch 1 --tokens 64    an adapter, a short text
     python benchmarks/ledger_overhead.py pocket --rounds 30
 
-One step is the policy's pass, the clone's pass, the exact KL, the backward pass and AdamW. It is taken with nothing;
-with a dispatch mode that does nothing but pass operations on; with a ledger, which is such a mode and counts; and with
-`torch.profiler(profile_memory=True)`, which tells nothing before its end. They take turns, in another order each round,
-so that a machine that gets slower or faster meanwhile does so for all. What is left of noise on a CPU comes from memory
-that is given back and fetched again; glibc keeps it when told to:
+One step is the policy's pass, the reference's pass, the exact KL, the backward pass and AdamW. It is taken with
+nothing; with a dispatch mode that does nothing but pass operations on; with a ledger, which is such a mode and counts;
+and with `torch.profiler(profile_memory=True)`, which tells nothing before its end. They take turns, in another order
+each round, so that a machine that gets slower or faster meanwhile does so for all. What is left of noise on a CPU
+comes from memory that is given back and fetched again; glibc keeps it when told to:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 python benchmarks/ledger_overhead.py
 """
@@ -26,19 +27,23 @@ import torch
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refkl_lib import CloneReference, MemoryLedger, load_model, policy_loss
+from refkl_lib import MemoryLedger, add_lora, create_reference, load_model, policy_loss
 
 Seconds = tuple[float, float]  # on the clock, of the processor
 Watcher = Callable[[], AbstractContextManager[Any]]
 
 
-def training_step(source: str, batch_size: int, tokens: int) -> tuple[Callable[[], None], MemoryLedger]:
+def training_step(
+    source: str, batch_size: int, tokens: int, lora_rank: int | None = None
+) -> tuple[Callable[[], None], MemoryLedger]:
     """Return a step to call, and a ledger that owns what takes part in it."""
     ledger = MemoryLedger()
-    policy = ledger.own("policy", load_model(source).train())
-    reference = CloneReference(policy)
+    model = load_model(source).train()
+    policy = ledger.own("policy", model if lora_rank is None else add_lora(model, lora_rank))
+    reference = create_reference(policy, "clone" if lora_rank is None else "adapter")
     ledger.own("reference", reference)
-    optimizer = ledger.own("optimizer", torch.optim.AdamW(policy.parameters(), lr=1e-6))
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = ledger.own("optimizer", torch.optim.AdamW(trained, lr=1e-6))
     ids = torch.randint(policy.config.vocab_size, (batch_size, tokens), device=policy.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -100,11 +105,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2", help="pocket, smollm2, a folder or a hub id")
     parser.add_argument("--batch", type=int, default=2, help="sequences in the batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter, and keep the reference by it")
     parser.add_argument("--rounds", type=int, default=9, help="steps under each watcher")
     options = parser.parse_args()
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler tells of its start and end
-    times = measure(*training_step(options.model, options.batch, options.tokens), options.rounds)
-    print(f"{options.model}, {options.batch} x {options.tokens} tokens, medians of {options.rounds} steps each")
+    times = measure(*training_step(options.model, options.batch, options.tokens, options.lora), options.rounds)
+    trained = "all weights" if options.lora is None else f"LoRA of rank {options.lora}"
+    print(
+        f"{options.model}, {trained}, {options.batch} x {options.tokens} tokens, medians of {options.rounds} steps each"
+    )
     print(f"{'watched by':<12}{'clock s':>10}{'ratio':>8}{'processor s':>14}{'ratio':>8}")
     bare = [statistics.median(column) for column in zip(*times["nothing"], strict=True)]
     for name, pairs in times.items():

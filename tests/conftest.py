@@ -35,7 +35,7 @@ ORDER = os.environ.setdefault("REFKL_ORDER", str(random.randrange(1000)))
 
 
 def pytest_configure() -> None:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the Makefile does
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the Makefile does
     # Hundreds of processes start here, and each would compile the library anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False

@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 from nbval.plugin import IPyNbFile
 
 CLAIMS_FIGURES = "claims.pickle"  # what notebook 08 measured, by claim
+COPIES = "copies.pickle"  # what became of the copies that notebook 08 made on ranks
 THREE_RUNS = "three_runs.pickle"  # of notebook 00: the job of ranks, and each strategy's run
 
 

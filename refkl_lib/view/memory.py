@@ -29,8 +29,9 @@ class MemoryPanel:
 
     It holds a `MemoryLedger` (`panel.ledger`), which it enters and leaves with the block. The readout is
     written `rate` times a second by a thread of its own, which ends with the block, whatever ends that.
-    The ledger looks at every operation: a step of smollm2 with 2 × 128 tokens took 4 to 20 % longer on different days
-    (benchmarks/ledger_overhead.py), and may take more on yours; beside that, what the readout takes could not be seen.
+    The ledger looks at every operation, which takes the longer the smaller operations are: a step of smollm2 with
+    2 × 128 tokens took 4 to 20 % longer on different days, one that trains an adapter with 64 tokens 50 to 55 %
+    (benchmarks/ledger_overhead.py). Beside that, what the readout takes could not be seen.
     Raises ValueError if `rate` is not positive.
     """
 

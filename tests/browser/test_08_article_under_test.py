@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
-from replay import CLAIMS_FIGURES
+from replay import CLAIMS_FIGURES, COPIES
 
 from refkl_lib.lessons.claims.article import article_claims
 
@@ -24,9 +24,13 @@ class TestArticle(Notebook):
         return page.get_by_role("table").filter(has_text="the article says")
 
     def test_its_figures_can_be_taken_elsewhere(self, page: Page, tmp_path: Path) -> None:
-        """Elsewhere is test_claims.py, which need not measure them again."""
+        """Elsewhere are test_claims.py and test_copies.py, which need not measure them again."""
         place, _ = self.cell('print(table["C5"].number)')
         take(page, place, "{row.claim.id: row.figures for row in table.rows}", tmp_path / CLAIMS_FIGURES)
+        # As claim C2 calls it, so that the kernel still knows the answers.
+        copies = "[copied('model'), copied('engine.module'), copied('model', gathered=True)]"
+        copied = "__import__('refkl_lib.lessons.claims.trials', fromlist=['copied']).copied"
+        take(page, place, f"(lambda copied: {copies})({copied})", tmp_path / COPIES)
 
     def test_the_table_has_a_row_for_each_claim(self, table: Locator) -> None:
         expect(table.get_by_role("rowheader", name=re.compile(r"^[A-E]\d$"))).to_have_count(len(LESSONS))
