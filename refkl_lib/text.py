@@ -8,6 +8,7 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from refkl_lib.counts import check_counts
 from refkl_lib.models import load_tokenizer
 from refkl_lib.models.load import Source
 
@@ -21,10 +22,10 @@ def sample_batch(source: Source = "smollm2", batch: int = 2, seq: int = 128) -> 
     """Return `input_ids` and `attention_mask`, each (batch, seq): windows of the text, one after the other.
 
     The tokens are those of the tokenizer of `source`; every one is text, so the mask is all ones. The same
-    arguments give the same batch. Raises ValueError if the text is shorter than batch · seq tokens.
+    arguments give the same batch. Raises ValueError if the text is shorter than batch · seq tokens,
+    or one of them is no whole number of 1 or more.
     """
-    if batch < 1 or seq < 1:
-        raise ValueError(f"batch is {batch} and seq is {seq}, but each must be at least 1")
+    check_counts(batch=batch, seq=seq)
     tokenizer = load_tokenizer(source)
     # verbose=False: no warning that the text is longer than the model's context, which sees windows of it.
     tokens = tokenizer(sample_text(), add_special_tokens=False, verbose=False).input_ids

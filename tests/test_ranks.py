@@ -401,6 +401,8 @@ def test_a_port_that_is_taken_in_the_last_moment_is_replaced(monkeypatch: pytest
         ({"steps": 1.5}, "steps is 1.5, but must be a whole number"),
         ({"lora_rank": 0}, "lora_rank is 0"),
         ({"timeout": -1.0}, "timeout is -1.0"),
+        ({"timeout": "5"}, "timeout is '5', but must be more than 0"),
+        ({"batch": 1.5}, "batch is 1.5, but must be a whole number"),
         ({"batch": 0}, "batch is 0"),
         ({"seq": 10**6}, "seq 1000000"),
         ({"seq": 1}, "seq is 1, but must be a whole number, at least 2"),

@@ -81,9 +81,9 @@ def launch_zero3(
     check_counts(ranks=ranks, steps=steps)
     if lora_rank is not None:
         check_counts(lora_rank=lora_rank)
-    if not timeout > 0:
+    if not (isinstance(timeout, int | float) and timeout > 0):
         raise ValueError(
-            f"timeout is {timeout}, but must be more than 0: seconds until a job that is not done is ended"
+            f"timeout is {timeout!r}, but must be more than 0: seconds until a job that is not done is ended"
         )
     _check_reference(reference, lora_rank, offload, nvme_path)
     _check_training(seq, beta)
