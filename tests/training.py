@@ -1,12 +1,14 @@
 """A few real training steps, for tests of what they leave behind."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from refkl_lib import policy_loss
+from refkl_lib import add_lora, create_reference, load_model, policy_loss
 from refkl_lib.reference import Reference
+from refkl_lib.text import sample_batch
 
 
 def train(
@@ -23,3 +25,14 @@ def train(
         optimizer.zero_grad()
         kls.append(kl.item())
     return kls
+
+
+@cache
+def kl_of_one_process(steps: int, lora_rank: int | None, batch: int, seq: int) -> list[float]:
+    """The KL of a job of `launch_zero3` with the pocket model, trained here beside a clone."""
+    policy = load_model("pocket", device="cpu")
+    reference = create_reference(policy, "clone")
+    if lora_rank is not None:
+        torch.manual_seed(0)
+        policy = add_lora(policy, lora_rank)
+    return train(policy, reference, sample_batch("pocket", batch, seq), steps, learning_rate=1e-3)
