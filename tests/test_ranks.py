@@ -307,7 +307,7 @@ def pasted(kinds: dict[str, ZeRO3Run], tmp_path_factory: pytest.TempPathFactory)
     """
     folder = tmp_path_factory.mktemp("shell")
     (folder / "env").symlink_to(shutil.which("env") or "")
-    abort_at_exit = "import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n"
+    abort_at_exit = "import atexit, os\nif 'RANK' in os.environ: print('will abort'), atexit.register(os.abort)\n"
     (folder / "sitecustomize.py").write_text(abort_at_exit)
     bare = {"PATH": str(folder), "HOME": str(folder), "PYTHONPATH": str(folder)}
     bare |= {name: os.environ[name] for name in ("REFKL_TEST", "REFKL_CACHE") if name in os.environ}
@@ -327,6 +327,7 @@ def test_the_command_runs_in_a_shell_without_any_compiler(
 def test_ranks_leave_before_anything_can_go_wrong_while_python_is_taken_down(
     pasted: subprocess.CompletedProcess[str],
 ) -> None:
+    assert pasted.stdout.count("will abort") == 2
     assert pasted.returncode == 0, pasted.stdout[-4000:] + pasted.stderr[-4000:]
 
 
